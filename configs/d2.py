@@ -1,0 +1,31 @@
+"""D^2epth: the full-size model refined by the pixel-space loss, without a stage 1 (METHOD 8).
+
+    python -m d3epth_jax.main --config=configs/d2.py --config.init=DIR --config.data.source.path=DIR
+    python -m d3epth_jax.main --config=configs/d2.py:tiny       # seconds, from scratch, no data
+
+`init` is a directory in diffusers' layout (weights/hub.py): Stable Diffusion's UNet with 8 input
+channels, and the tiny autoencoder. 865.92M UNet parameters: a large accelerator, or FSDP.
+"""
+
+from ml_collections import ConfigDict
+
+from configs import common, quickstart
+
+
+def get_config(argument: str | None = None) -> ConfigDict:
+    if common.word(argument, "tiny"):
+        config = quickstart.teacher(tiny=True)
+        config.workdir = "runs/d2_tiny"
+        return config
+    config = common.training("pixel")
+    config.workdir = "runs/d2"
+    config.init = "DIR"
+    config.data.source = common.folder("DIR", split="train")
+    config.data.height, config.data.width = 480, 640
+    config.data.batch_size = 32
+    config.eval.update(common.evaluation(common.folder("DIR", split="validation")))
+    config.model.dtype = "bfloat16"
+    config.model.remat = True
+    config.train.accumulate = 4
+    config.schedule.learning_rate = 3e-5
+    return config

@@ -1,0 +1,49 @@
+"""Stage 1: latent distillation of a teacher into an efficient student (METHOD 7).
+
+    python -m d3epth_jax.main --config=configs/stage1.py --config.teacher.path=DIR \\
+        --config.init=DIR --config.data.source.path=DIR --config.eval.source.path=DIR
+    python -m d3epth_jax.main --config=configs/stage1.py:tiny --config.data.source.path=DIR \\
+        --config.eval.source.path=DIR                                  # a minute or two on 2 cores
+
+The default distils D^2epth into BK-SDM's small UNet (d3_light_small), both with the same frozen
+tiny autoencoder. `tiny` distils the quickstart's teacher, which it trains first where there is none, on
+RGB-D pairs of your own (data/sources/folder.py says in which layouts).
+"""
+
+from ml_collections import ConfigDict
+
+from configs import common, quickstart
+
+PAIRS = "../shared/rgbd"
+
+
+def on_pairs(config: ConfigDict) -> ConfigDict:
+    """Trains and evaluates a nano student on RGB-D pairs, with the quickstart's teacher."""
+    config.teacher.path = "runs/quickstart/teacher/model"
+    config.teacher.config = quickstart.teacher()
+    config.data.source = common.folder(PAIRS, split="train")
+    config.eval.source = common.folder(PAIRS, split="validation")
+    config.eval.num_images = 0
+    config.eval.processing_resolution = config.model.processing_resolution
+    config.train.save_start = False
+    return config
+
+
+def get_config(argument: str | None = None) -> ConfigDict:
+    if common.word(argument, "tiny"):
+        config = on_pairs(quickstart.stage1())
+        config.workdir = "runs/stage1_tiny"
+        config.train.steps = config.eval.every = config.train.checkpoint_every = 200
+        return config
+    config = common.training("latent")
+    config.workdir = "runs/stage1"
+    config.teacher.path = "runs/d2/model"
+    config.model.preset = "d3_light_small"
+    config.model.encoder = config.model.decoder = "teacher"
+    config.data.source = common.folder("DIR", split="train")
+    config.data.height, config.data.width = 480, 640
+    config.eval.update(common.evaluation(common.folder("DIR", split="validation")))
+    config.model.dtype = "bfloat16"
+    config.model.remat = True
+    config.train.accumulate = 4
+    return config

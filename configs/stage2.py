@@ -1,0 +1,36 @@
+"""Stage 2: pixel refinement of the distilled student by the Hybrid Depth Loss (METHOD 8).
+
+    python -m d3epth_jax.main --config=configs/stage2.py \\
+        --config.data.source.path=DIR --config.eval.source.path=DIR
+    python -m d3epth_jax.main --config=configs/stage2.py:tiny --config.data.source.path=DIR \\
+        --config.eval.source.path=DIR                                  # a minute or two on 2 cores
+
+Starts from what configs/stage1.py trained (`init`). `tiny` refines a student of the quickstart's
+shape with the teacher's depth as an additional term, on RGB-D pairs of your own.
+"""
+
+from ml_collections import ConfigDict
+
+from configs import common, quickstart, stage1
+
+
+def get_config(argument: str | None = None) -> ConfigDict:
+    if common.word(argument, "tiny"):
+        config = stage1.on_pairs(quickstart.stage2())
+        config.workdir = "runs/stage2_tiny"
+        config.init = "runs/stage1_tiny/model"
+        config.init_config = stage1.get_config("tiny")  # trained first where it is absent
+        config.loss.beta.teacher = 0.1
+        config.train.steps = config.eval.every = config.train.checkpoint_every = 200
+        return config
+    config = common.training("pixel")
+    config.workdir = "runs/stage2"
+    config.init = "runs/stage1/model"
+    config.trainable = ("unet/", "decoder/")
+    config.data.source = common.folder("DIR", split="train")
+    config.data.height, config.data.width = 480, 640
+    config.eval.update(common.evaluation(common.folder("DIR", split="validation")))
+    config.model.dtype = "bfloat16"
+    config.model.remat = True
+    config.train.accumulate = 4
+    return config

@@ -1,0 +1,64 @@
+"""Checkpoints for exact resume: train state and data position, saved together by Orbax."""
+
+import pathlib
+
+import jax
+import orbax.checkpoint as ocp
+
+
+class Checkpoints:
+    """The checkpoints of one run; as a context manager it waits for pending saves."""
+
+    def __init__(self, directory: str | pathlib.Path, *, keep: int = 2):
+        self._manager = ocp.CheckpointManager(
+            pathlib.Path(directory).absolute(),
+            options=ocp.CheckpointManagerOptions(max_to_keep=keep, create=True),
+        )
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exc):
+        self._manager.wait_until_finished()
+        self._manager.close()
+
+    @property
+    def latest(self) -> int | None:
+        """The newest complete checkpoint's step, None where there is none."""
+        return self._manager.latest_step()
+
+    def save(self, step: int, state, data_position: dict) -> None:
+        """Saves in the background; a killed save leaves no half checkpoint behind."""
+        if step == self.latest:
+            return
+        self._manager.save(
+            step,
+            args=ocp.args.Composite(
+                state=ocp.args.StandardSave(state), data=ocp.args.JsonSave(data_position)
+            ),
+        )
+
+    def restore(self, abstract_state):
+        """The newest checkpoint as (state, data position), placed as `abstract_state` says.
+
+        Raises:
+          ValueError: the checkpoint holds another tree than the run expects: another model,
+            optimiser, weighting or set of trainable parameters.
+        """
+        args = ocp.args.Composite(
+            state=ocp.args.StandardRestore(abstract_state), data=ocp.args.JsonRestore()
+        )
+        try:
+            restored = self._manager.restore(self.latest, args=args)
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(
+                f"the checkpoint of step {self.latest} in {self._manager.directory} does not fit"
+                " this run's model, optimiser or trainable parameters; train into a new workdir"
+                f" or restore the old settings. Orbax says: {error}"
+            ) from error
+        return restored.state, restored.data
+
+
+def abstract(tree):
+    """Shapes, types and shardings of a tree of arrays."""
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), tree)

@@ -1,0 +1,216 @@
+"""Pictures in and out: load, resize, pad, colour maps, 16-bit PNG (NumPy and Pillow, no JAX).
+
+Arrays are [..., H, W, C]; leading axes are a batch.
+"""
+
+import math
+import os
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+# Anchor colours, spread evenly over [0, 1] and interpolated linearly in sRGB. Source: ColorBrewer
+# (Brewer and Harrower), schemes Spectral (11 classes) and OrRd (9 classes).
+COLOR_MAPS = {
+    "Spectral": "9e0142 d53e4f f46d43 fdae61 fee08b ffffbf e6f598 abdda4 66c2a5 3288bd 5e4fa2",
+    "OrRd": "fff7ec fee8c8 fdd49e fdbb84 fc8d59 ef6548 d7301f b30000 7f0000",
+    "gray": "000000 ffffff",
+}
+NEUTRAL = (128, 128, 128)  # no depth here; in none of the colour scales
+
+
+class ImageError(ValueError):
+    """A file that cannot be read as a picture; the message names it."""
+
+
+def load(path) -> np.ndarray:
+    """Read a picture as uint8 [H, W, 3] sRGB, turned upright by its EXIF orientation first.
+
+    Alpha is dropped, not blended; grey, palette and CMYK are converted. 16-bit grey is divided by
+    65535 and rounded to 8 bits; 16-bit RGB is cut to its upper byte by Pillow.
+
+    Raises FileNotFoundError, or ImageError (not a picture, truncated, too large to be honest,
+    a float or 32-bit picture, whose range is unknown).
+    """
+    path = Path(path)
+    try:
+        with Image.open(path) as picture:
+            picture.load()
+            picture = ImageOps.exif_transpose(picture)
+    except FileNotFoundError:
+        raise
+    except Image.DecompressionBombError as error:
+        raise ImageError(f"{path}: refused as a decompression bomb: {error}") from error
+    except UnidentifiedImageError as error:
+        raise ImageError(f"{path}: not a picture that Pillow can identify") from error
+    # Pillow's decoders report damage by several types, SyntaxError and ValueError among them.
+    except (OSError, SyntaxError, ValueError) as error:
+        raise ImageError(f"{path}: damaged or truncated picture: {error}") from error
+
+    if picture.mode.startswith("I"):
+        values = np.asarray(picture)
+        if values.size and (values.min() < 0 or values.max() > 65535):
+            raise ImageError(f"{path}: 32-bit picture with values outside 0..65535")
+        grey = np.rint(values * (255 / 65535)).astype(np.uint8)
+        return np.repeat(grey[..., None], 3, axis=-1)
+    if picture.mode == "F":
+        raise ImageError(
+            f"{path}: float picture, whose range is unknown; save it with 8 or 16 bits"
+        )
+    return np.array(picture.convert("RGB"))
+
+
+def to_float(image: np.ndarray) -> np.ndarray:
+    """uint8 0..255 to float32 [-1, 1], the range of the encoders."""
+    return image.astype(np.float32) / np.float32(127.5) - np.float32(1)
+
+
+def processing_size(height: int, width: int, resolution: int) -> tuple[int, int]:
+    """Size with the longest side at `resolution` (METHOD 1); 0 keeps the native size.
+
+    The other side is floor(side * resolution / longest); ValueError if that is 0.
+    """
+    if resolution < 0:
+        raise ValueError(f"processing resolution must not be negative, got {resolution}")
+    if min(height, width) < 1:
+        raise ValueError(f"picture of {height}x{width} pixels has no content")
+    if resolution == 0:
+        return height, width
+    longest = max(height, width)
+    size = height * resolution // longest, width * resolution // longest
+    if 0 in size:
+        raise ValueError(
+            f"picture of {height}x{width} pixels shrinks to {size[0]}x{size[1]} at processing "
+            f"resolution {resolution}; use a larger resolution or 0 (native)"
+        )
+    return size
+
+
+def _linear_taps(length: int, new_length: int, antialias: bool) -> tuple[np.ndarray, np.ndarray]:
+    """Rows of the weight matrix of linear interpolation: pixels and their weights [new_length, K].
+
+    A triangle around each output's centre (half-pixel centres), widened by the scale when shrinking
+    with antialias. Rows are normalised, which at the border equals repeating the last pixel.
+    """
+    scale = length / new_length
+    radius = max(scale, 1.0) if antialias else 1.0
+    centers = (np.arange(new_length)[:, None] + 0.5) * scale
+    first = np.floor(centers - radius + 0.5).astype(np.int64)
+    pixels = first + np.arange(math.ceil(2 * radius) + 1)
+    weights = np.maximum(1 - np.abs(pixels + 0.5 - centers) / radius, 0)
+    weights *= (pixels >= 0) & (pixels < length)
+    used = weights.any(axis=0)
+    weights = weights / weights.sum(axis=1, keepdims=True)
+    return pixels[:, used].clip(0, length - 1), weights[:, used]
+
+
+def resize(array: np.ndarray, size: tuple[int, int], *, antialias: bool) -> np.ndarray:
+    """Bilinear resize of finite [..., H, W, C] to [..., h, w, C] in floating point.
+
+    Equals torch.nn.functional.interpolate(mode="bilinear", align_corners=False, antialias=...).
+    Integers become float32; nothing is rounded.
+    """
+    array = np.asarray(array, dtype=np.result_type(array, np.float32))
+    for axis, new_length in ((-3, size[0]), (-2, size[1])):
+        if array.shape[axis] != new_length:
+            pixels, weights = _linear_taps(array.shape[axis], new_length, antialias)
+            weights = weights.astype(array.dtype).reshape(new_length, -1, *[1] * (-axis - 1))
+            # A sum over few taps: the dense matrix product costs 50 times more, and its threads
+            # get in the way of the loader's.
+            array = sum(
+                array.take(pixels[:, tap], axis) * weights[:, tap] for tap in range(pixels.shape[1])
+            )
+    return array
+
+
+def resize_nearest_exact(array: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """Nearest resize of [..., H, W, C] with half-pixel centres, for depth and masks; any dtype.
+
+    Equals torch.nn.functional.interpolate(mode="nearest-exact").
+    """
+    rows, columns = (
+        # In float32 throughout, as torch: exact ties would fall on the other side in float64.
+        np.floor((np.arange(new, dtype=np.float32) + 0.5) * (np.float32(old) / np.float32(new)))
+        .astype(np.int64)
+        .clip(max=old - 1)
+        for old, new in zip(array.shape[-3:-1], size, strict=True)
+    )
+    return array[..., rows[:, None], columns, :]
+
+
+def pad_to_multiple(array: np.ndarray, multiple: int = 8) -> tuple[np.ndarray, tuple[int, int]]:
+    """Repeat last row and column of [..., H, W, C] to a multiple; also returns the old (H, W)."""
+    height, width = array.shape[-3:-1]
+    padding = [(0, 0)] * (array.ndim - 3) + [
+        (0, -height % multiple),
+        (0, -width % multiple),
+        (0, 0),
+    ]
+    return np.pad(array, padding, mode="edge"), (height, width)
+
+
+def _unit_range(prediction: np.ndarray, val_min: float, val_max: float) -> np.ndarray:
+    """[..., H, W, 1] to [..., H, W] with val_min..val_max mapped to 0..1 and clipped; NaN stays."""
+    prediction = np.asarray(prediction)
+    if prediction.ndim < 3 or prediction.shape[-1] != 1:
+        raise ValueError(f"expected a depth map [..., H, W, 1], got shape {prediction.shape}")
+    if not val_max > val_min:
+        raise ValueError(f"val_max must exceed val_min, got {val_min} and {val_max}")
+    return np.clip((prediction[..., 0].astype(np.float64) - val_min) / (val_max - val_min), 0, 1)
+
+
+def visualize_depth(
+    prediction: np.ndarray,
+    *,
+    color_map: str = "Spectral",
+    val_min: float = 0.0,
+    val_max: float = 1.0,
+) -> np.ndarray:
+    """Depth [..., H, W, 1] as colours, uint8 [..., H, W, 3]: val_min to val_max, NaN in grey.
+
+    Argument names are those of diffusers' MarigoldImageProcessor.visualize_depth.
+    """
+    if color_map not in COLOR_MAPS:
+        raise ValueError(f"no colour map {color_map!r}; there are {', '.join(COLOR_MAPS)}")
+    values = _unit_range(prediction, val_min, val_max)
+    anchors = np.array([list(bytes.fromhex(color)) for color in COLOR_MAPS[color_map].split()])
+    positions = np.linspace(0, 1, len(anchors))
+    colors = np.stack(
+        [np.interp(values, positions, anchors[:, channel]) for channel in range(3)], axis=-1
+    )
+    colors = np.where(np.isnan(values)[..., None], NEUTRAL, np.rint(colors))
+    return colors.astype(np.uint8)
+
+
+def export_depth_to_16bit_png(
+    prediction: np.ndarray, *, val_min: float = 0.0, val_max: float = 1.0
+) -> np.ndarray:
+    """Depth [..., H, W, 1] as uint16 [..., H, W] for `save_png`: val_min..val_max to 0..65535.
+
+    diffusers' convention, but rounded and clipped (it truncates, and wraps outside). NaN becomes 0.
+    """
+    values = np.nan_to_num(_unit_range(prediction, val_min, val_max), nan=0.0)
+    return np.rint(values * 65535).astype(np.uint16)
+
+
+def save_png(path, array: np.ndarray) -> None:
+    """Write uint8 [H, W, 3], uint8 [H, W] or uint16 [H, W] as PNG; folders are made as needed.
+
+    Atomic: a reader sees the old file or the new one, never half of it.
+    """
+    array = np.asarray(array)
+    color = array.dtype == np.uint8 and array.ndim == 3 and array.shape[-1] == 3
+    if not color and not (array.dtype in (np.uint8, np.uint16) and array.ndim == 2):
+        raise ValueError(
+            f"{path}: a PNG takes uint8 [H, W, 3], uint8 [H, W] or uint16 [H, W]; "
+            f"got {array.dtype} {list(array.shape)}"
+        )
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        Image.fromarray(array).save(partial, format="PNG")  # Pillow 13: a mode with uint16 fails
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)

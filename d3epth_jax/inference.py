@@ -1,0 +1,54 @@
+"""One definition of the model's meaning (METHOD 1): image -> latent -> UNet -> z0 -> depth.
+
+Training stages, evaluation and the pipeline all call these functions. They are pure and jittable:
+`model` is a static, hashable description, `params` a tree {unet, encoder, decoder[, prompt]}.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from d3epth_jax.models.depth_model import DepthModel
+from d3epth_jax.typing import Depth, Image, Latent, Params
+
+
+def encode_image(model: DepthModel, params: Params, image: Image) -> Latent:
+    """The scaled latent [B,h,w,C] of pictures [B,H,W,3] in [-1,1]."""
+    latent = model.modules["encoder"].apply({"params": params["encoder"]}, image)
+    return latent * model.autoencoder.scaling_factor
+
+
+def predict_latent(
+    model: DepthModel, params: Params, rgb_latent: Latent, depth_latent: Latent | None = None
+) -> tuple[Latent, dict]:
+    """The clean depth latent z0 [B,h,w,C] in one step, and the UNet's features by name.
+
+    Without `depth_latent` it is zero (METHOD 1), which is what a UNet that only takes the RGB
+    latent means by itself.
+    """
+    if depth_latent is None:
+        depth_latent = jnp.zeros_like(rgb_latent)
+    takes_depth = model.unet.in_channels > rgb_latent.shape[-1]
+    sample = jnp.concatenate([rgb_latent, depth_latent], -1) if takes_depth else rgb_latent
+    output, features = model.modules["unet"].apply(
+        {"params": params["unet"]}, sample, model.timestep, params.get("prompt")
+    )
+    return model.schedule.z0(output, depth_latent, model.timestep), features
+
+
+def decode_depth(model: DepthModel, params: Params, latent: Latent) -> Depth:
+    """Depth [B,H,W,1] in [-1,1], float32: the decoder's channel mean, clipped."""
+    image = model.modules["decoder"].apply(
+        {"params": params["decoder"]}, latent / model.autoencoder.scaling_factor
+    )
+    return jnp.clip(jnp.mean(image.astype(jnp.float32), -1, keepdims=True), -1, 1)
+
+
+def predict_depth(model: DepthModel, params: Params, image: Image) -> Depth:
+    """Pictures [B,H,W,3] in [-1,1] to depth [B,H,W,1] in [0,1]; H and W are multiples of a cell."""
+    latent, _ = predict_latent(model, params, encode_image(model, params, image))
+    return (decode_depth(model, params, latent) + 1) / 2
+
+
+def to_float(image: jax.Array) -> Image:
+    """Pictures [B,H,W,3] uint8 to float32 in [-1,1]."""
+    return image.astype(jnp.float32) / 127.5 - 1

@@ -1,0 +1,64 @@
+"""Runs the jobs of a config: python -m d3epth_jax.main --config=configs/quickstart.py
+
+A config is one job (`config.job`) or a chain of them (`config.jobs`, names of sub-configs run in
+that order, each in its own folder of the workdir). `{workdir}` in any string means the workdir.
+"""
+
+import logging
+import pathlib
+import sys
+import time
+
+from absl import app, flags
+from ml_collections import ConfigDict, config_flags
+
+from d3epth_jax import sharding
+
+CONFIG = config_flags.DEFINE_config_file("config", None, "The config file.", lock_config=True)
+WORKDIR = flags.DEFINE_string("workdir", None, "Output folder; the config's own by default.")
+flags.mark_flag_as_required("config")
+
+log = logging.getLogger("d3epth_jax")
+
+
+def main(argv: list[str]) -> None:
+    if len(argv) > 1:
+        raise app.UsageError(f"unknown arguments {argv[1:]}; settings look like --config.seed=1")
+    logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(message)s", force=True)
+    log.setLevel(logging.INFO)
+    config = CONFIG.value
+    workdir = pathlib.Path(WORKDIR.value or config.workdir)
+    sharding.use_cpu_cores(config.cpu_devices)
+    jobs = {name: config[name] for name in config.jobs} if "jobs" in config else {"": config}
+    began = time.monotonic()
+    for name, job in jobs.items():
+        run_job(fill_in(job, workdir), workdir / name)
+    log.info("done in %.0f s; everything is in %s", time.monotonic() - began, workdir)
+
+
+def run_job(config: ConfigDict, workdir: pathlib.Path) -> None:
+    # Imported here: `--help` and a typo in a config need no JAX.
+    from d3epth_jax import evaluate, train
+
+    jobs = {"train": train.run, "eval": evaluate.run}
+    if config.job not in jobs:
+        raise ValueError(f"unknown job {config.job!r}: choose one of {sorted(jobs)}")
+    log.info("%s: %s", config.job, workdir)
+    workdir.mkdir(parents=True, exist_ok=True)
+    (workdir / "config.json").write_text(config.to_json_best_effort(indent=2) + "\n")
+    jobs[config.job](config, workdir)
+
+
+def fill_in(config: ConfigDict, workdir: pathlib.Path) -> ConfigDict:
+    """A copy with `{workdir}` replaced in all strings."""
+    filled = config.copy_and_resolve_references()
+    for name, value in config.items():
+        if isinstance(value, ConfigDict):
+            filled[name] = fill_in(value, workdir)
+        elif isinstance(value, str):
+            filled[name] = value.replace("{workdir}", str(workdir))
+    return filled
+
+
+if __name__ == "__main__":
+    sys.exit(app.run(main))

@@ -1,0 +1,114 @@
+"""The static description of a depth model: three networks and what their numbers mean."""
+
+import dataclasses
+import zlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from d3epth_jax.models.config import TinyAutoencoderConfig, UNetConfig
+from d3epth_jax.models.tiny_vae import TinyDecoder, TinyEncoder
+from d3epth_jax.models.unet import UNet
+from d3epth_jax.schedule import NoiseSchedule
+from d3epth_jax.typing import Params
+
+
+@dataclasses.dataclass(frozen=True)
+class DepthModel:
+    """What the parameters of a depth model mean; static, hashable, saved as the directory's JSON.
+
+    Attributes:
+      unet: its input is the RGB latent, alone or followed by as many channels of depth latent.
+      autoencoder: encoder and decoder between pictures and latents.
+      schedule: turns the UNet's output into the clean latent z0.
+      prediction_type: what grows in the output: depth | disparity | sqrt_disparity (METHOD 2).
+      processing_resolution: the longest side pictures are resized to by default; 0 keeps theirs.
+      timestep: the one timestep of a single-step model (E2E-FT: the last).
+      dtype: compute type of the networks, "float32" or "bfloat16"; parameters stay float32.
+      remat: recompute activations in the backward pass instead of keeping them.
+    """
+
+    unet: UNetConfig
+    autoencoder: TinyAutoencoderConfig
+    schedule: NoiseSchedule
+    prediction_type: str = "depth"
+    processing_resolution: int = 0
+    timestep: int = 999
+    dtype: str = "float32"
+    remat: bool = False
+
+    def __post_init__(self):
+        latent = self.autoencoder.latent_channels
+        if self.unet.in_channels not in (latent, 2 * latent) or self.unet.out_channels != latent:
+            raise ValueError(
+                f"the UNet maps {self.unet.in_channels} to {self.unet.out_channels} channels, but a"
+                f" latent has {latent}: it must take {latent} (RGB latent) or {2 * latent} (RGB and"
+                f" depth latent) and give {latent}"
+            )
+
+    @property
+    def downsample(self) -> int:
+        """Pixels per latent cell, along one side."""
+        return self.autoencoder.downsampling
+
+    @property
+    def modules(self) -> dict:
+        """The Linen modules, under the names of their parameter trees."""
+        dtype = jnp.dtype(self.dtype)
+        return {
+            "unet": UNet(self.unet, dtype=dtype, remat=self.remat),
+            "encoder": TinyEncoder(self.autoencoder, dtype=dtype, remat=self.remat),
+            "decoder": TinyDecoder(self.autoencoder, dtype=dtype, remat=self.remat),
+        }
+
+
+def abstract_params(model: DepthModel) -> Params:
+    """Shapes and types of the parameters {unet, encoder, decoder[, prompt]}, without arrays."""
+    cells, side = 8, 8 * model.downsample
+    prompt = jnp.zeros((1, 2, model.unet.cross_attention_dim))
+    inputs = {
+        "unet": (jnp.zeros((1, cells, cells, model.unet.in_channels)), model.timestep, prompt),
+        "encoder": (jnp.zeros((1, side, side, 3)),),
+        "decoder": (jnp.zeros((1, cells, cells, model.autoencoder.latent_channels)),),
+    }
+    params = {
+        name: jax.eval_shape(module.init, jax.random.key(0), *inputs[name])["params"]
+        for name, module in model.modules.items()
+    }
+    if model.unet.needs_prompt:
+        params["prompt"] = jax.ShapeDtypeStruct(prompt.shape, prompt.dtype)
+    return params
+
+
+def init_params(model: DepthModel, seed: int) -> Params:
+    """Random parameters as NumPy arrays, float32; every array depends on the seed and its path.
+
+    Kernels are normal with variance 1/fan_in (LeCun; 2/fan_in before a ReLU, He), but zero where a
+    residual branch ends, so that every block starts as the identity. The prompt is two zero tokens: nothing depends on its
+    value, and a text encoder can reproduce it. Drawn by NumPy, since XLA would compile a random
+    number generator per shape, half a minute for a small UNet.
+    """
+
+    def initial(path, abstract):
+        names = [entry.key for entry in path]
+        if names[-1] == "kernel" and not set(names) & _BRANCH_ENDS:
+            rng = np.random.default_rng([seed, zlib.crc32("/".join(names).encode())])
+            variance = (2 if names[-2] in _BEFORE_RELU else 1) / np.prod(abstract.shape[:-1])
+            return rng.standard_normal(abstract.shape, np.float32) * np.float32(variance**0.5)
+        value = 1 if names[-1] == "scale" else 0
+        return np.full(abstract.shape, value, np.float32)
+
+    params = jax.tree_util.tree_map_with_path(initial, abstract_params(model))
+    # An untrained decoder gives the centre of its range [0,1], not an end, where depth is clipped.
+    last = max(params["decoder"], key=lambda name: int(name.removeprefix("layers_")))
+    params["decoder"][last]["bias"] += 0.5
+    return params
+
+
+_BEFORE_RELU = {"conv_0", "conv_2"}  # of TinyBlock
+_BRANCH_ENDS = {"conv2", "proj_out", "conv_4"}  # of ResnetBlock, SpatialTransformer and TinyBlock
+
+
+def count_params(params: Params) -> int:
+    return sum(x.size for x in jax.tree.leaves(params))

@@ -1,0 +1,229 @@
+"""The layers of a Stable Diffusion UNet, NHWC.
+
+Every numeric detail that a port can get wrong is one named constant or function here (METHOD 1),
+so that tests/test_models_broken.py can break each on purpose and see parity fail.
+Parameters are float32 and computation is in `dtype`, but norms' statistics and softmax are float32.
+"""
+
+import math
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+TRANSFORMER_NORM_EPS = 1e-6  # GroupNorm before a transformer; ResNets have the config's norm_eps
+LAYER_NORM_EPS = 1e-5
+DOWNSAMPLE_PADDING = ((1, 1), (1, 1))
+MAX_PERIOD = 10_000.0  # of the sinusoidal time embedding
+
+
+def gelu(x: jax.Array) -> jax.Array:
+    """The exact GELU, by the error function; the tanh approximation differs by up to 5e-4."""
+    return jax.nn.gelu(x, approximate=False)
+
+
+def group_norm(name: str, groups: int, eps: float, dtype: Any) -> nn.GroupNorm:
+    # The two-pass variance: E[x^2] - E[x]^2 cancels where the mean is large.
+    return nn.GroupNorm(groups, epsilon=eps, dtype=dtype, use_fast_variance=False, name=name)
+
+
+def layer_norm(name: str, dtype: Any) -> nn.LayerNorm:
+    return nn.LayerNorm(epsilon=LAYER_NORM_EPS, dtype=dtype, use_fast_variance=False, name=name)
+
+
+def conv(name: str, features: int, dtype: Any, *, kernel_size: int = 3) -> nn.Conv:
+    """A convolution that keeps the size."""
+    pad = kernel_size // 2
+    return nn.Conv(
+        features,
+        (kernel_size, kernel_size),
+        padding=((pad, pad), (pad, pad)),
+        dtype=dtype,
+        name=name,
+    )
+
+
+def timestep_embedding(
+    timestep: jax.Array, dim: int, *, flip_sin_to_cos: bool, freq_shift: float
+) -> jax.Array:
+    """Sinusoidal embedding of timesteps, [B] -> float32 [B, dim], cosines first if flipped.
+
+    `dim` is even; frequencies fall from 1 to 1/10000 (Vaswani et al. 2017, as in DDPM).
+    """
+    half = dim // 2
+    exponent = np.float32(-math.log(MAX_PERIOD)) * np.arange(half, dtype=np.float32)
+    frequencies = np.exp(exponent / np.float32(half - freq_shift))
+    angles = timestep.astype(jnp.float32)[:, None] * frequencies[None]
+    sin, cos = jnp.sin(angles), jnp.cos(angles)
+    return jnp.concatenate([cos, sin] if flip_sin_to_cos else [sin, cos], axis=-1)
+
+
+def upsample_nearest(x: jax.Array, size: tuple[int, int]) -> jax.Array:
+    """Doubles [B, h, w, C] by repetition and cuts it to `size` (at most 2h, 2w).
+
+    Where a skip is odd this equals torch's nearest interpolation to that size; `jax.image.resize`
+    samples at half-pixel centres and does not.
+    """
+    x = jnp.repeat(jnp.repeat(x, 2, axis=1), 2, axis=2)
+    return x[:, : size[0], : size[1]]
+
+
+def attention(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+    """Softmax attention, float32 inside: q [B, N, heads, D], k and v [B, M, heads, D] -> as q."""
+    # [B, heads, N, M]
+    logits = jnp.einsum("bnhd,bmhd->bhnm", q, k, preferred_element_type=jnp.float32)
+    weights = jax.nn.softmax(logits * q.shape[-1] ** -0.5, axis=-1)
+    return jnp.einsum("bhnm,bmhd->bnhd", weights.astype(v.dtype), v)
+
+
+class TimeEmbedding(nn.Module):
+    """Two-layer perceptron on the sinusoidal embedding, [B, C] -> [B, features]."""
+
+    features: int
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, x):
+        x = nn.silu(nn.Dense(self.features, dtype=self.dtype, name="linear_1")(x))
+        return nn.Dense(self.features, dtype=self.dtype, name="linear_2")(x)
+
+
+class ResnetBlock(nn.Module):
+    """Pre-norm residual block with the time embedding added between its two convolutions.
+
+    x [B, h, w, Cin], temb [1 or B, T] with its SiLU already applied -> [B, h, w, features].
+    """
+
+    features: int
+    groups: int
+    eps: float
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, x, temb):
+        h = nn.silu(group_norm("norm1", self.groups, self.eps, self.dtype)(x))
+        h = conv("conv1", self.features, self.dtype)(h)
+        h += nn.Dense(self.features, dtype=self.dtype, name="time_emb_proj")(temb)[:, None, None]
+        h = nn.silu(group_norm("norm2", self.groups, self.eps, self.dtype)(h))
+        h = conv("conv2", self.features, self.dtype)(h)
+        if x.shape[-1] != self.features:
+            x = conv("conv_shortcut", self.features, self.dtype, kernel_size=1)(x)
+        return x + h
+
+
+class Attention(nn.Module):
+    """Multi-head attention from x [B, N, C] to context [1 or B, M, D]."""
+
+    heads: int
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, x, context):
+        batch, tokens, channels = x.shape
+
+        def project(name, inputs):
+            y = nn.Dense(channels, use_bias=False, dtype=self.dtype, name=name)(inputs)
+            y = y.reshape(*y.shape[:2], self.heads, channels // self.heads)
+            # A prompt shared by the batch is projected once.
+            return jnp.broadcast_to(y, (batch, *y.shape[1:]))
+
+        out = attention(project("to_q", x), project("to_k", context), project("to_v", context))
+        out = out.reshape(batch, tokens, channels)
+        return nn.Dense(channels, dtype=self.dtype, name="to_out_0")(out)
+
+
+class Geglu(nn.Module):
+    """Gated linear unit with GELU (Shazeer 2020), [..., C] -> [..., features]."""
+
+    features: int
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, x):
+        x = nn.Dense(2 * self.features, dtype=self.dtype, name="proj")(x)
+        value, gate = jnp.split(x, 2, axis=-1)
+        return value * gelu(gate)
+
+
+class FeedForward(nn.Module):
+    """Four times as wide inside, [..., C] -> [..., C]."""
+
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, x):
+        h = Geglu(4 * x.shape[-1], self.dtype, name="net_0")(x)
+        return nn.Dense(x.shape[-1], dtype=self.dtype, name="net_2")(h)
+
+
+class TransformerBlock(nn.Module):
+    """Self-attention, attention to the prompt [1 or B, M, D], feed-forward; x [B, N, C]."""
+
+    heads: int
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, x, prompt):
+        h = layer_norm("norm1", self.dtype)(x)
+        x += Attention(self.heads, self.dtype, name="attn1")(h, h)
+        h = layer_norm("norm2", self.dtype)(x)
+        x += Attention(self.heads, self.dtype, name="attn2")(h, prompt)
+        h = layer_norm("norm3", self.dtype)(x)
+        return x + FeedForward(self.dtype, name="ff")(h)
+
+
+class SpatialTransformer(nn.Module):
+    """A transformer block over the cells of x [B, h, w, C].
+
+    Returns x plus the block's projection, and that projection alone (proj_out's output), which
+    BK-SDM distils as a feature.
+    """
+
+    heads: int
+    groups: int
+    linear: bool
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, x, prompt):
+        batch, height, width, channels = x.shape
+
+        def project(name):
+            if self.linear:
+                return nn.Dense(channels, dtype=self.dtype, name=name)
+            return conv(name, channels, self.dtype, kernel_size=1)
+
+        h = group_norm("norm", self.groups, TRANSFORMER_NORM_EPS, self.dtype)(x)
+        h = project("proj_in")(h).reshape(batch, height * width, channels)
+        h = TransformerBlock(self.heads, self.dtype, name="transformer_blocks_0")(h, prompt)
+        h = project("proj_out")(h.reshape(batch, height, width, channels))
+        return x + h, h
+
+
+class Downsample(nn.Module):
+    """Strided convolution, [B, h, w, C] -> [B, ceil(h/2), ceil(w/2), C]."""
+
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, x):
+        return nn.Conv(
+            x.shape[-1],
+            (3, 3),
+            strides=2,
+            padding=DOWNSAMPLE_PADDING,
+            dtype=self.dtype,
+            name="conv",
+        )(x)
+
+
+class Upsample(nn.Module):
+    """Nearest upsampling to `size`, then a convolution."""
+
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, x, size):
+        return conv("conv", x.shape[-1], self.dtype)(upsample_nearest(x, size))

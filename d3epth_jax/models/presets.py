@@ -1,0 +1,107 @@
+"""Published model shapes, and BK-SDM's way of pruning them."""
+
+import dataclasses
+
+from d3epth_jax.models.config import TinyAutoencoderConfig, UNetConfig
+from d3epth_jax.schedule import NoiseSchedule
+
+SD1_UNET = UNetConfig(cross_attention_dim=768)
+SD2_UNET = UNetConfig(
+    attention_head_dim=(5, 10, 20, 20),
+    cross_attention_dim=1024,
+    use_linear_projection=True,
+    upcast_attention=True,
+)
+TAESD = TinyAutoencoderConfig()
+
+
+def bk_sdm(config: UNetConfig, kind: str) -> UNetConfig:
+    """Prunes a UNet's shape as BK-SDM does (Kim et al., ECCV 2024, section 3).
+
+    `base` keeps one resnet per down block and two per up block; `small` also drops the mid block;
+    `tiny` also drops the innermost level. Raises ValueError for another kind, or for a `config`
+    that is not a full one (two layers per block and, for `tiny`, two levels).
+    """
+    kinds = ("base", "small", "tiny")
+    if kind not in kinds:
+        raise ValueError(f"kind = {kind!r}; BK-SDM has {', '.join(kinds)}")
+    if config.layers_per_block != 2:
+        raise ValueError(
+            f"BK-SDM prunes UNets with layers_per_block = 2, this one has {config.layers_per_block}"
+        )
+    config = dataclasses.replace(config, layers_per_block=1)
+    if kind in ("small", "tiny"):
+        config = dataclasses.replace(config, mid_block_type=None)
+    if kind == "tiny":
+        if len(config.block_out_channels) < 2:
+            raise ValueError("BK-SDM tiny drops the innermost level; this UNet has only one")
+        heads = config.attention_head_dim
+        config = dataclasses.replace(
+            config,
+            block_out_channels=config.block_out_channels[:-1],
+            down_block_types=config.down_block_types[:-1],
+            up_block_types=config.up_block_types[1:],
+            attention_head_dim=heads[:-1] if isinstance(heads, tuple) else heads,
+        )
+    return config
+
+
+# How a model that this project trains turns its output into z0: one step from the last timestep,
+# zero SNR, so that diffusers' DDIM step gives the same (METHOD 1).
+SINGLE_STEP = NoiseSchedule(
+    beta_schedule="scaled_linear",
+    beta_start=0.00085,
+    beta_end=0.012,
+    prediction_type="v_prediction",
+    timestep_spacing="trailing",
+    rescale_betas_zero_snr=True,
+    clip_sample=False,
+)
+
+
+def _nano_unet(widths: tuple[int, ...], layers: int, mid: bool) -> UNetConfig:
+    """Plain blocks, and attention at the innermost level alone; RGB latent in, depth latent out."""
+    plain = len(widths) - 1
+    return UNetConfig(
+        block_out_channels=widths,
+        down_block_types=("DownBlock2D",) * plain + ("CrossAttnDownBlock2D",),
+        up_block_types=("CrossAttnUpBlock2D",) + ("UpBlock2D",) * plain,
+        mid_block_type="UNetMidBlock2DCrossAttn" if mid else None,
+        layers_per_block=layers,
+        attention_head_dim=4,
+        cross_attention_dim=32,
+        use_linear_projection=True,
+        norm_num_groups=8,
+    )
+
+
+def _light_autoencoder(encoder_width: int, decoder_width: int) -> TinyAutoencoderConfig:
+    return TinyAutoencoderConfig(
+        encoder_block_out_channels=(encoder_width,) * 4,
+        decoder_block_out_channels=(decoder_width,) * 4,
+        num_encoder_blocks=(0, 1, 1, 1),
+        num_decoder_blocks=(1, 1, 1, 0),
+    )
+
+
+def _sd2(unet: UNetConfig) -> UNetConfig:
+    return dataclasses.replace(unet, in_channels=8)
+
+
+# Name -> (UNet, autoencoder). `light_*`: Stable Diffusion's UNet, or a pruned one, with the tiny
+# autoencoder of its latent space. `*_nano`: from scratch, on CPU.
+PRESETS = {
+    "d2_light": (_sd2(SD2_UNET), TAESD),
+    "d3_light_base": (_sd2(bk_sdm(SD2_UNET, "base")), TAESD),
+    "d3_light_small": (_sd2(bk_sdm(SD2_UNET, "small")), TAESD),
+    "d3_fast": (_sd2(bk_sdm(SD2_UNET, "tiny")), TAESD),
+    "d2_nano": (_nano_unet((64, 128, 192), 1, mid=True), _light_autoencoder(24, 16)),
+    "d3_nano": (_nano_unet((32, 64, 96), 1, mid=False), _light_autoencoder(16, 16)),
+}
+
+
+def get(name: str) -> tuple[UNetConfig, TinyAutoencoderConfig]:
+    """A preset's UNet and autoencoder shapes; ValueError names the presets there are."""
+    if name not in PRESETS:
+        raise ValueError(f"unknown model preset {name!r}: choose one of {sorted(PRESETS)}")
+    return PRESETS[name]

@@ -1,0 +1,127 @@
+"""The tiny autoencoder (TAESD, github.com/madebyollin/taesd; diffusers' AutoencoderTiny), NHWC.
+
+Two modules, because their parameters live in separate trees. Images are in [-1, 1] outside and in
+[0, 1] inside, as in diffusers. Layers are numbered as in diffusers' `encoder.layers` and
+`decoder.layers`; numbers that are missing here belong to activations and upsamplings.
+"""
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from d3epth_jax.models.config import TinyAutoencoderConfig
+from d3epth_jax.models.layers import upsample_nearest
+
+_PAD_ONE = ((1, 1), (1, 1))
+
+
+class TinyEncoder(nn.Module):
+    """Image [B, H, W, 3] in [-1, 1] -> latent [B, H/8, W/8, C], already scaled.
+
+    Raises ValueError if H or W is not a multiple of `config.downsampling`.
+    """
+
+    config: TinyAutoencoderConfig
+    dtype: Any = jnp.float32
+    remat: bool = False
+
+    @nn.compact
+    def __call__(self, image: jax.Array) -> jax.Array:
+        c = self.config
+        _check("TinyEncoder: image", image, c.in_channels)
+        if any(side % c.downsampling for side in image.shape[1:3]):
+            raise ValueError(
+                f"TinyEncoder: an image of {image.shape[1]} x {image.shape[2]} pixels; both sides "
+                f"must be multiples of {c.downsampling}: pad it"
+            )
+        width = c.encoder_block_out_channels[0]
+        layers = _Layers(self.dtype, self.remat)
+        x = (image + 1) / 2
+        for stage, blocks in enumerate(c.num_encoder_blocks):
+            if stage == 0:
+                x = layers.conv(width)(x)
+            else:
+                x = layers.conv(width, strides=2, use_bias=False)(x)
+            for _ in range(blocks):
+                x = layers.block()(x)
+        return layers.conv(c.latent_channels)(x)
+
+
+class TinyDecoder(nn.Module):
+    """Latent [B, h, w, C] -> image [B, 8h, 8w, 3] in about [-1, 1], float32.
+
+    The last convolution is float32 in any `dtype`: bfloat16 would leave depth in steps of 1/128.
+    Raises ValueError for another latent shape.
+    """
+
+    config: TinyAutoencoderConfig
+    dtype: Any = jnp.float32
+    remat: bool = False
+
+    @nn.compact
+    def __call__(self, latent: jax.Array) -> jax.Array:
+        c = self.config
+        _check("TinyDecoder: latent", latent, c.latent_channels)
+        width = c.decoder_block_out_channels[0]
+        layers = _Layers(self.dtype, self.remat)
+        x = 3 * jnp.tanh(latent / 3)
+        x = nn.relu(layers.conv(width)(x))
+        layers.skip()
+        for blocks in c.num_decoder_blocks[:-1]:
+            for _ in range(blocks):
+                x = layers.block()(x)
+            layers.skip()
+            x = upsample_nearest(x, (2 * x.shape[1], 2 * x.shape[2]))
+            x = layers.conv(width, use_bias=False)(x)
+        for _ in range(c.num_decoder_blocks[-1]):
+            x = layers.block()(x)
+        x = layers.conv(c.out_channels, dtype=jnp.float32)(x)
+        return 2 * x - 1
+
+
+class _Layers:
+    """Hands out `layers_0`, `layers_1`, ... as torch's nn.Sequential numbers them."""
+
+    def __init__(self, dtype: Any, remat: bool):
+        self.dtype, self.remat, self.index = dtype, remat, 0
+
+    def skip(self) -> str:
+        name = f"layers_{self.index}"
+        self.index += 1
+        return name
+
+    def conv(self, features: int, **options) -> nn.Conv:
+        options = {"dtype": self.dtype, **options}
+        return nn.Conv(features, (3, 3), padding=_PAD_ONE, name=self.skip(), **options)
+
+    def block(self) -> nn.Module:
+        module = nn.remat(TinyBlock) if self.remat else TinyBlock
+        return module(self.dtype, name=self.skip())
+
+
+class TinyBlock(nn.Module):
+    """Three convolutions with ReLU and a skip."""
+
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, x):
+        def conv(name):
+            return nn.Conv(
+                x.shape[-1],
+                (3, 3),
+                padding=_PAD_ONE,
+                dtype=self.dtype,
+                name=name,
+            )
+
+        h = nn.relu(conv("conv_0")(x))
+        h = nn.relu(conv("conv_2")(h))
+        return nn.relu(conv("conv_4")(h) + x)
+
+
+def _check(what: str, x: jax.Array, channels: int) -> None:
+    if x.ndim != 4 or x.shape[-1] != channels:
+        raise ValueError(f"{what} has shape {x.shape}, expected [B, height, width, {channels}]")

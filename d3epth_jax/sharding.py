@@ -1,0 +1,73 @@
+"""Where arrays live: a ("data", "fsdp") mesh, and rules on shapes."""
+
+import os
+from collections.abc import Mapping
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+BATCH = PartitionSpec(("data", "fsdp"))
+
+
+def use_cpu_cores(count: int) -> None:
+    """Shows `count` CPU cores to JAX as devices; call it before anything else touches JAX.
+
+    XLA's own threads share out one small convolution badly; a sharded batch uses the cores well
+    (2 cores, small UNet: nearly twice the speed). On a machine with an accelerator this changes
+    nothing: JAX uses the accelerator.
+    """
+    flags = os.environ.get("XLA_FLAGS", "")
+    if count > 1 and "xla_cpu_multi_thread_eigen" not in flags:
+        os.environ["XLA_FLAGS"] = f"{flags} --xla_cpu_multi_thread_eigen=false".strip()
+    jax.config.update("jax_num_cpu_devices", count)
+
+
+def make_mesh(fsdp: int = 1, devices=None) -> Mesh:
+    """All devices as ("data", "fsdp"); `fsdp` devices share one copy of the parameters."""
+    devices = jax.devices() if devices is None else devices
+    if fsdp < 1 or len(devices) % fsdp:
+        raise ValueError(f"fsdp={fsdp} does not divide the {len(devices)} devices there are")
+    grid = np.asarray(devices).reshape(-1, fsdp)
+    # Auto written out: the default is Explicit, where Linen's Conv fails.
+    return Mesh(grid, ("data", "fsdp"), axis_types=(AxisType.Auto,) * 2)
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def params_sharding(tree, mesh: Mesh, *, min_size: int = 2**16):
+    """The sharding of every array of a tree, parameters and optimiser state by the same rule.
+
+    The largest dimension that the fsdp axis divides is sharded; arrays below `min_size` elements
+    stay replicated.
+    """
+    size = mesh.shape["fsdp"]
+
+    def rule(x):
+        dims = sorted(
+            (d for d in range(x.ndim) if x.shape[d] % size == 0), key=lambda d: -x.shape[d]
+        )
+        if size == 1 or x.size < min_size or not dims:
+            return replicated(mesh)
+        return NamedSharding(mesh, PartitionSpec(*[None] * dims[0], "fsdp"))
+
+    return jax.tree.map(rule, tree)
+
+
+def put_params(tree, mesh: Mesh):
+    """Places a tree by `params_sharding`."""
+    return jax.device_put(tree, params_sharding(tree, mesh))
+
+
+def put_batch(batch: Mapping, mesh: Mesh) -> dict:
+    """This process's part of a batch, as one global array per name, split over all devices."""
+    sharding = NamedSharding(mesh, BATCH)
+
+    def put(x):
+        if isinstance(x, jax.Array) and len(x.sharding.device_set) == mesh.size:
+            return jax.device_put(x, sharding)
+        return jax.make_array_from_process_local_data(sharding, np.asarray(x))
+
+    return {name: put(x) for name, x in batch.items()}

@@ -1,0 +1,149 @@
+"""Stage 1, latent distillation (METHOD 7): the student learns the teacher's depth latent."""
+
+import jax
+import jax.numpy as jnp
+
+from d3epth_jax import inference, losses, targets
+from d3epth_jax.models.config import UNetConfig
+from d3epth_jax.models.depth_model import DepthModel, abstract_params
+
+
+def feature_pairs(student: UNetConfig, teacher: UNetConfig) -> list[tuple[str, str]]:
+    """The (student, teacher) names of compared features, as BK-SDM pairs them.
+
+    Outputs of all down and up blocks where the two have as many levels. A student without the
+    innermost level (BK-SDM tiny) has no partner for its last downsampling, so there the last
+    attention before it stands in, and its up blocks face the teacher's after the first.
+    """
+    levels, more = len(student.down_block_types), len(teacher.down_block_types)
+    if levels == more:
+        return [(name, name) for name in _blocks("down", levels) + _blocks("up", levels)]
+    if levels + 1 != more:
+        raise ValueError(
+            f"feature distillation pairs UNets of as many levels or one fewer: the student has"
+            f" {levels}, the teacher {more}; set the weight of the term feat to 0"
+        )
+    last = levels - 1
+    pairs = [(name, name) for name in _blocks("down", last)]
+    if (
+        "CrossAttn" in student.down_block_types[last]
+        and "CrossAttn" in teacher.down_block_types[last]
+    ):
+        tap = f"down_blocks_{last}.attentions_{{}}.proj_out".format
+        pairs.append((tap(student.layers_per_block - 1), tap(teacher.layers_per_block - 1)))
+    return pairs + list(zip(_blocks("up", levels), _blocks("up", more)[1:], strict=True))
+
+
+def _blocks(side: str, count: int) -> list[str]:
+    return [f"{side}_blocks_{i}" for i in range(count)]
+
+
+def init_adapters(
+    model: DepthModel, teacher: DepthModel, key: jax.Array, height: int, width: int
+) -> dict:
+    """Trained 1x1 maps [C_student, C_teacher] for the pairs whose channels differ (METHOD 7).
+
+    They are trained beside the student as `params["adapters"]` and discarded afterwards.
+    """
+
+    def feature_shapes(of):
+        def run(params, image):
+            rgb_latent = inference.encode_image(of, params, image)
+            return inference.predict_latent(of, params, rgb_latent)[1]
+
+        image = jax.ShapeDtypeStruct((1, height, width, 3), jnp.float32)
+        features = jax.eval_shape(run, abstract_params(of), image)
+        return {name: array.shape for name, array in features.items()}
+
+    ours, theirs = feature_shapes(model), feature_shapes(teacher)
+    adapters = {}
+    for i, (mine, its) in enumerate(feature_pairs(model.unet, teacher.unet)):
+        if ours[mine][1:3] != theirs[its][1:3]:
+            raise ValueError(
+                f"features {mine} {ours[mine]} of the student and {its} {theirs[its]} of the"
+                " teacher differ in height or width: their autoencoders downsample differently"
+            )
+        if ours[mine] != theirs[its]:
+            shape = (ours[mine][-1], theirs[its][-1])
+            adapters[f"pair_{i}"] = jax.nn.initializers.lecun_normal()(
+                jax.random.fold_in(key, i), shape
+            )
+    return adapters
+
+
+def make_loss(
+    model: DepthModel,
+    teacher: DepthModel,
+    *,
+    terms: tuple[str, ...] = ("gt", "out", "feat"),
+    share_encoder: bool = True,
+    min_valid: int = 16,
+):
+    """The loss function of stage 1.
+
+    Args:
+      model, teacher: the student, and a single-step teacher of the same latent space.
+      terms: `gt` masked MSE to the encoded ground truth (the teacher's encoder must know depth
+        maps: a pretrained autoencoder, not one trained from scratch), `out` MSE to the teacher's
+        latent, `feat` features, `enc` MSE of the student's own encoder to the teacher's.
+      share_encoder: the student reads the teacher's RGB latent instead of encoding by itself.
+
+    Returns:
+      loss_fn(params, frozen, batch) -> (losses, weights, metrics), each {name: [B]}.
+    """
+    known = ("gt", "out", "feat", "enc")
+    if unknown := set(terms) - set(known):
+        raise ValueError(f"unknown terms {sorted(unknown)}; stage 1 knows {list(known)}")
+    if "enc" in terms and share_encoder:
+        raise ValueError("the term enc trains the student's encoder: set share_encoder to False")
+    if model.autoencoder.latent_channels != teacher.autoencoder.latent_channels:
+        raise ValueError(
+            f"the student's latents have {model.autoencoder.latent_channels} channels, the"
+            f" teacher's {teacher.autoencoder.latent_channels}: they must share one latent space"
+        )
+    pairs = feature_pairs(model.unet, teacher.unet) if "feat" in terms else []
+
+    def loss_fn(params, frozen, batch):
+        of_teacher = frozen["teacher"]
+        image = inference.to_float(batch["image"])
+        teacher_rgb = inference.encode_image(teacher, of_teacher, image)
+        teacher_latent, teacher_features = inference.predict_latent(
+            teacher, of_teacher, teacher_rgb
+        )
+        rgb = teacher_rgb if share_encoder else inference.encode_image(model, params, image)
+        latent, features = inference.predict_latent(model, params, rgb)
+
+        every_image = jnp.ones(image.shape[:1], jnp.float32)
+        everything, weights = {}, {}
+        if "gt" in terms:
+            target, has_target = targets.normalize(
+                batch["depth"], batch["mask"], space=teacher.prediction_type, min_valid=min_valid
+            )
+            cells = targets.latent_mask(batch["mask"], factor=teacher.downsample)
+            filled = targets.fill_invalid(target, batch["mask"], space=teacher.prediction_type)
+            picture = jnp.repeat(filled, 3, -1)
+            true_latent = inference.encode_image(teacher, of_teacher, picture)
+            everything["gt"] = losses.latent_distillation(latent, true_latent, cells)
+            weights["gt"] = (has_target & jnp.any(cells, (1, 2, 3))).astype(jnp.float32)
+        if "out" in terms:
+            everything["out"] = losses.latent_distillation(latent, teacher_latent)
+        if pairs:
+            adapters = params.get("adapters", {})
+            mapped = [
+                features[mine] @ adapters[f"pair_{i}"].astype(features[mine].dtype)
+                if f"pair_{i}" in adapters
+                else features[mine]
+                for i, (mine, _) in enumerate(pairs)
+            ]
+            everything["feat"] = losses.feature_distillation(
+                mapped, [teacher_features[its] for _, its in pairs]
+            )
+        if "enc" in terms:
+            everything["enc"] = losses.latent_distillation(rgb, teacher_rgb)
+        # How much of the teacher's latent the student explains: 1 is all, 0 no better than zero.
+        power = jnp.mean(jnp.square(teacher_latent.astype(jnp.float32)), (1, 2, 3))
+        error = losses.latent_distillation(latent, teacher_latent)
+        metrics = {"explained": 1 - error / jnp.maximum(power, 1e-12)}
+        return everything, dict.fromkeys([*everything, *metrics], every_image) | weights, metrics
+
+    return loss_fn

@@ -1,0 +1,94 @@
+"""Stage 2, pixel refinement (METHOD 8): the Hybrid Depth Loss on decoded depth.
+
+D^2epth is this stage on the full-size model, without a stage 1 before it.
+"""
+
+import jax.numpy as jnp
+
+from d3epth_jax import alignment, inference, losses, targets
+from d3epth_jax.models.depth_model import DepthModel
+
+TASKS = ("ssi", "edge")  # what dynamic task weighting balances; every other term keeps its weight
+
+
+def make_loss(
+    model: DepthModel,
+    teacher: DepthModel | None = None,
+    *,
+    terms: tuple[str, ...] = TASKS,
+    normalize_target: bool = True,
+    image_weights: str = "valid",
+    penalty: str = "l1",
+    stop_gradient_alignment: bool = False,
+    delta: float = 0.05,
+    alpha: float = 5.0,
+    tau: float = 0.1,
+    num_scales: int = 4,
+    min_valid: int = 16,
+):
+    """The loss function of stage 2.
+
+    Args:
+      model: the student.
+      teacher: needed by the terms `latent` and `teacher` alone.
+      terms: which losses are formed. Beside the two tasks:
+        `range`: L1 to the normalised target without alignment, which fixes the output's sign and
+          range where no pretrained model does (training from scratch; our reading);
+        `latent`: MSE to the teacher's latent, an anchor for the latent space;
+        `teacher`: L1 to the teacher's depth in pixels.
+      normalize_target, image_weights: whether each target is normalised, and how images count;
+        losses.PRESETS names the pairs.
+      The rest: METHOD 3 and 4.
+
+    Returns:
+      loss_fn(params, frozen, batch) -> (losses, weights, metrics), each {name: [B]};
+      batch holds image uint8 [B,H,W,3], depth float32 metres [B,H,W,1] and mask bool [B,H,W,1].
+    """
+    known = (*TASKS, "range", "latent", "teacher")
+    if unknown := set(terms) - set(known):
+        raise ValueError(f"unknown terms {sorted(unknown)}; stage 2 knows {list(known)}")
+    if {"latent", "teacher"} & set(terms) and teacher is None:
+        raise ValueError("the terms latent and teacher compare with a teacher: none was given")
+
+    def loss_fn(params, frozen, batch):
+        image = inference.to_float(batch["image"])
+        space = model.prediction_type
+        target, has_target = targets.normalize(
+            batch["depth"], batch["mask"], space=space, min_valid=min_valid
+        )
+        mask = batch["mask"] & has_target[:, None, None, None]
+
+        rgb_latent = inference.encode_image(model, params, image)
+        latent, _ = inference.predict_latent(model, params, rgb_latent)
+        depth = inference.decode_depth(model, params, latent)
+
+        metric = alignment.to_space(jnp.where(mask, batch["depth"], 1), space)
+        hybrid = losses.hybrid_depth(
+            depth,
+            target if normalize_target else metric,
+            mask,
+            penalty=penalty,
+            stop_gradient_alignment=stop_gradient_alignment,
+            delta=delta,
+            alpha=alpha,
+            tau=tau,
+            num_scales=num_scales,
+            min_valid=min_valid,
+        )
+        weights = losses.image_weights(mask, hybrid["valid"], kind=image_weights)
+        everything = {name: hybrid[name] for name in TASKS if name in terms}
+        if "range" in terms:
+            everything["range"] = alignment.masked_mean(jnp.abs(depth - target), mask)
+        if teacher is not None and {"latent", "teacher"} & set(terms):
+            of_teacher = frozen["teacher"]
+            rgb_latent = inference.encode_image(teacher, of_teacher, image)
+            teacher_latent, _ = inference.predict_latent(teacher, of_teacher, rgb_latent)
+            if "latent" in terms:
+                everything["latent"] = losses.latent_distillation(latent, teacher_latent)
+            if "teacher" in terms:
+                teacher_depth = inference.decode_depth(teacher, of_teacher, teacher_latent)
+                everything["teacher"] = jnp.mean(jnp.abs(depth - teacher_depth), (1, 2, 3))
+        metrics = {"negative_scale": hybrid["negative_scale"].astype(jnp.float32)}
+        return everything, dict.fromkeys([*everything, *metrics], weights), metrics
+
+    return loss_fn

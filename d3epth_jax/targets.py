@@ -1,0 +1,82 @@
+"""What the losses compare with: depth in metres -> target in [-1, 1], and the latent's mask.
+
+The affine-invariant normalisation of Marigold (Ke et al., CVPR 2024). Runs inside `jit`.
+"""
+
+import jax.numpy as jnp
+from jaxtyping import Array, Bool
+
+from d3epth_jax.alignment import SPACES, to_space
+from d3epth_jax.typing import Depth, Flags, Mask, PerImage
+
+_PIXELS = (1, 2, 3)
+
+
+def normalize(
+    depth: Depth, mask: Mask, *, space: str = "depth", min_valid: int = 16
+) -> tuple[Depth, Flags]:
+    """Depth in metres -> (target in [-1, 1], whether the image may carry a loss).
+
+    Each image's 2 % and 98 % quantiles over valid pixels, taken in `space` (depth, disparity or
+    sqrt_disparity), go to -1 and 1; the rest is clipped. Unknown pixels are 0: mask them, their
+    value means nothing. An image with fewer than `min_valid` valid pixels or with equal quantiles
+    is all 0 and False. ValueError for another space.
+    """
+    values = to_space(jnp.where(mask, depth, 1), space)
+    low, high = quantiles_2_98(values, mask)
+    valid = (mask.sum(_PIXELS) >= min_valid) & (high > low)
+    # [B] -> [B,1,1,1]
+    low, span, known = (
+        x[:, None, None, None] for x in (low, jnp.where(valid, high - low, 1), valid)
+    )
+    target = jnp.clip(2 * (values - low) / span - 1, -1, 1)
+    return jnp.where(mask & known, target, 0), valid
+
+
+def quantiles_2_98(values: Depth, mask: Mask) -> tuple[PerImage, PerImage]:
+    """The 2 % and 98 % quantiles of each image's valid pixels, linear interpolation; 0 if none."""
+    ordered = jnp.sort(
+        jnp.where(mask, values, jnp.inf).astype(jnp.float32).reshape(len(values), -1), axis=-1
+    )
+    last = mask.sum(_PIXELS) - 1
+    # 2 % = 1/50: the position is last / 50 from either end, exact in integers at any image size.
+    whole, fraction = last // 50, (last % 50) / 50
+
+    def between(index, neighbour):
+        a, b = (
+            jnp.take_along_axis(ordered, jnp.clip(i, 0, jnp.maximum(last, 0))[:, None], -1)[:, 0]
+            for i in (index, neighbour)
+        )
+        return jnp.where(last >= 0, a + fraction * (b - a), 0)
+
+    return between(whole, whole + 1), between(last - whole, last - whole - 1)
+
+
+def fill_invalid(target: Depth, mask: Mask, *, space: str) -> Depth:
+    """Unknown pixels take the value of the image's farthest valid one, for an encoder to look at.
+
+    The farthest is the largest depth but the smallest disparity. 0 for an image without a valid
+    pixel. ValueError for another space.
+    """
+    if space not in SPACES:
+        raise ValueError(f"unknown space {space!r}; choose one of {', '.join(SPACES)}")
+    if space == "depth":
+        farthest = jnp.max(target, _PIXELS, keepdims=True, where=mask, initial=-jnp.inf)
+    else:
+        farthest = jnp.min(target, _PIXELS, keepdims=True, where=mask, initial=jnp.inf)
+    farthest = jnp.where(mask.any(_PIXELS, keepdims=True), farthest, 0)
+    return jnp.where(mask, target, farthest)
+
+
+def latent_mask(mask: Mask, factor: int = 8) -> Bool[Array, "B h w 1"]:
+    """The cells of a latent, `factor` pixels wide, whose pixels are all valid.
+
+    ValueError if the factor does not divide height and width.
+    """
+    batch, height, width, _ = mask.shape
+    if height % factor or width % factor:
+        raise ValueError(
+            f"a mask of {height}x{width} pixels does not divide into cells of {factor}"
+        )
+    cells = mask.reshape(batch, height // factor, factor, width // factor, factor, 1)
+    return cells.all(axis=(2, 4))

@@ -1,0 +1,300 @@
+"""The training loop: one for every stage, since a stage is only a loss function.
+
+Order of initialisation: teacher read, student made (random, then whatever is pretrained), trainable
+parameters split off, optimiser and weighting initialised, newest checkpoint restored.
+"""
+
+import contextlib
+import dataclasses
+import functools
+import logging
+import math
+import pathlib
+
+import jax
+
+from d3epth_jax import data, losses, optim, sharding, steps, weighting
+from d3epth_jax.checkpoint import Checkpoints, abstract
+from d3epth_jax.data import loader
+from d3epth_jax.evaluate import model_predictor
+from d3epth_jax.evaluation import evaluate
+from d3epth_jax.metric_writer import MetricWriter
+from d3epth_jax.models import presets
+from d3epth_jax.models.depth_model import DepthModel, count_params, init_params
+from d3epth_jax.pipeline import DepthPipeline
+from d3epth_jax.progress import Progress
+from d3epth_jax.stages import latent, pixel
+from d3epth_jax.train_state import init_train_state, merge, split_trainable
+from d3epth_jax.typing import Params
+from d3epth_jax.weights import hub
+
+log = logging.getLogger(__name__)
+
+
+class TrainingError(RuntimeError):
+    """The run cannot go on: the loss is not finite."""
+
+
+def run(config, workdir: pathlib.Path) -> pathlib.Path:
+    """Trains as `config` says and returns the directory of the trained model, `workdir/model`.
+
+    A finished run returns at once; an interrupted one goes on from its newest checkpoint, bit for
+    bit as if it had never stopped (on CPU).
+    """
+    output = workdir / "model"
+    total = config.train.steps
+    with Checkpoints(workdir / "checkpoints", keep=config.train.keep_checkpoints) as checkpoints:
+        if checkpoints.latest == total and output.is_dir():
+            log.info("%s is already trained (%d steps)", output, total)
+            return output
+
+        mesh = sharding.make_mesh(config.fsdp)
+        batches = make_batches(config, mesh)
+        validation = data.make_source(**config.eval.source)
+
+        teacher, teacher_params = read_teacher(config)
+        model, params = make_student(config, teacher, teacher_params)
+        loss_fn, tasks, beta = make_loss(config, model, teacher)
+        if "feat" in beta:
+            key = jax.random.fold_in(jax.random.key(config.seed), 1)
+            size = (config.data.height, config.data.width)
+            params = {**params, "adapters": latent.init_adapters(model, teacher, key, *size)}
+        log.info("student: %s", describe(model, params))
+
+        patterns = (*config.trainable, *(["adapters/"] if params.get("adapters") else []))
+        trainable, rest = split_trainable(params, patterns)
+        frozen = sharding.put_params({"rest": rest, "teacher": teacher_params}, mesh)
+        schedule = optim.make_schedule(total_steps=total, **config.schedule)
+        tx = optim.make_optimizer(schedule, **config.optim)
+        task_weights = make_weighting(config, len(tasks))
+
+        init = functools.partial(init_train_state, tx=tx, weighting=task_weights)
+        placement = sharding.params_sharding(jax.eval_shape(init, trainable), mesh)
+        state = jax.jit(init, out_shardings=placement)(sharding.put_params(trainable, mesh))
+        if checkpoints.latest is not None:
+            state, position = checkpoints.restore(abstract(state))
+            batches.set_state(position)
+            log.info("resumed from step %d", int(state.step))
+
+        train_step = jax.jit(
+            steps.make_train_step(
+                loss_fn,
+                tx,
+                task_weights,
+                beta=beta,
+                tasks=tasks,
+                accumulate=config.train.accumulate,
+                max_ema_decay=config.train.max_ema_decay,
+            ),
+            donate_argnums=0,
+            out_shardings=(placement, sharding.replicated(mesh)),
+        )
+
+        def current_model() -> Params:
+            return merge(state.ema, frozen["rest"])
+
+        start = int(state.step)
+        if start == 0 and config.train.save_start:
+            hub.save_model(workdir / "model_start", model, current_model())
+        writer = MetricWriter(workdir, start_step=start)
+        progress = Progress(f"{config.stage} {workdir.name}", total, start=start)
+        scores = {}
+        profile = Profile(workdir / "profile", *config.train.profile)
+
+        def validate(step: int) -> None:
+            progress.clear()
+            scores[step] = score(config, model, current_model(), validation, mesh, writer, step)
+
+        if start == 0:
+            validate(0)
+        with contextlib.closing(writer), profile:
+            for step in range(start + 1, total + 1):
+                profile.at(step)
+                batch = sharding.put_batch(next(batches), mesh)
+                state, metrics = train_step(state, frozen, batch)
+                progress.update(step, note=f"AbsRel {_last(scores)}")
+                if step % config.train.log_every == 0 or step == total:
+                    values = {name: float(value) for name, value in metrics.items()}
+                    values["learning_rate"] = float(schedule(step - 1))
+                    writer.scalars(step, values)
+                    require_finite(values, step, checkpoints.latest)
+                if step % config.eval.every == 0 or step == total:
+                    validate(step)
+                if step % config.train.checkpoint_every == 0 or step == total:
+                    checkpoints.save(step, state, batches.get_state())
+            hub.save_model(output, model, current_model())
+    if 0 in scores:
+        log.info("%s: AbsRel before %.4f, after %.4f", config.stage, scores[0], scores[total])
+    return output
+
+
+def make_batches(config, mesh):
+    """The iterator over this process's part of the training batches."""
+    source = data.make_source(**config.data.source)
+    process = {"process_index": jax.process_index(), "process_count": jax.process_count()}
+    if config.data.batch_size % mesh.size:
+        raise ValueError(
+            f"data.batch_size={config.data.batch_size} is not a multiple of the {mesh.size} devices"
+        )
+    if config.data.batch_size % (mesh.size * config.train.accumulate):
+        raise ValueError(
+            f"data.batch_size={config.data.batch_size} cannot be cut into train.accumulate="
+            f"{config.train.accumulate} micro-batches on {mesh.size} devices"
+        )
+    if config.data.source.name == "procedural":
+        return loader.ProceduralIterator(
+            source,
+            config.data.batch_size // jax.process_count(),
+            place=functools.partial(sharding.put_batch, mesh=mesh),
+            **process,
+        )
+    return loader.make_loader(
+        source,
+        loader.standard_transforms(
+            (config.data.height, config.data.width), flip=config.data.flip, crop=config.data.crop
+        ),
+        batch_size=config.data.batch_size // jax.process_count(),
+        seed=config.seed,
+        shuffle=True,
+        num_workers=config.data.num_workers,
+        **process,
+    )
+
+
+def train_if_absent(path: str, config) -> None:
+    """Trains the model that is to be at `path`, where it is not there and a config says how."""
+    if config is not None and not pathlib.Path(path).is_dir():
+        log.info("no model at %s: training it first", path)
+        run(config, pathlib.Path(path).parent)
+
+
+def read_teacher(config) -> tuple[DepthModel | None, Params]:
+    """The teacher, trained first by its own config where there is none yet; (None, {}) without."""
+    if not config.teacher.path:
+        return None, {}
+    train_if_absent(config.teacher.path, config.teacher.get("config"))
+    teacher, params = hub.load_model(config.teacher.path, dtype=config.model.dtype)
+    log.info("teacher: %s, %s", config.teacher.path, describe(teacher, params))
+    return teacher, params
+
+
+def make_student(
+    config, teacher: DepthModel | None, teacher_params: Params
+) -> tuple[DepthModel, Params]:
+    """The model to train: read from `config.init`, or random with parts of the teacher."""
+    computing = {"dtype": config.model.dtype, "remat": config.model.remat}
+    if config.init:
+        train_if_absent(config.init, config.get("init_config"))
+        return hub.load_model(config.init, **computing)
+    unet, autoencoder = presets.get(config.model.preset)
+    parts = [part for part in ("encoder", "decoder") if config.model[part] == "teacher"]
+    if parts and teacher is None:
+        raise ValueError(f"model.{parts[0]}='teacher', but there is no teacher (teacher.path)")
+    for part in parts:
+        fields = [f.name for f in dataclasses.fields(autoencoder) if part in f.name]
+        autoencoder = dataclasses.replace(
+            autoencoder, **{name: getattr(teacher.autoencoder, name) for name in fields}
+        )
+    model = DepthModel(
+        unet,
+        autoencoder,
+        presets.SINGLE_STEP,
+        prediction_type=config.model.prediction_type,
+        processing_resolution=config.model.processing_resolution,
+        **computing,
+    )
+    params = init_params(model, config.seed)
+    return model, {**params, **{part: teacher_params[part] for part in parts}}
+
+
+def make_loss(config, model: DepthModel, teacher: DepthModel | None):
+    """The stage's (loss function, dynamically weighted tasks, beta); a beta of 0 drops its term."""
+    beta = {name: value for name, value in config.loss.beta.items() if value}
+    terms = tuple(beta)
+    if config.stage == "pixel":
+        options = losses.PRESETS[config.loss.preset] | dict(config.loss.options)
+        return (
+            pixel.make_loss(model, teacher, terms=terms, **options),
+            tuple(task for task in pixel.TASKS if task in beta),
+            beta,
+        )
+    if config.stage != "latent":
+        raise ValueError(f"unknown stage {config.stage!r}: choose pixel or latent")
+    if teacher is None:
+        raise ValueError("the latent stage distils a teacher: set teacher.path")
+    share = not any(pattern.startswith("encoder") for pattern in config.trainable)
+    share = share and not config.init and config.model.encoder == "teacher"
+    return latent.make_loss(model, teacher, terms=terms, share_encoder=share), (), beta
+
+
+def make_weighting(config, num_tasks: int) -> weighting.Weighting:
+    if num_tasks == 0:
+        return weighting.static(0)  # stage 1 has fixed coefficients only
+    choices = {
+        "dwa": lambda: weighting.dwa(num_tasks, **config.weighting.dwa),
+        "static": lambda: weighting.static(num_tasks),
+        "uncertainty": lambda: weighting.uncertainty(num_tasks),
+    }
+    if config.weighting.name not in choices:
+        raise ValueError(
+            f"unknown weighting {config.weighting.name!r}: choose one of {sorted(choices)}"
+        )
+    return choices[config.weighting.name]()
+
+
+def score(config, model, params, source, mesh, writer: MetricWriter, step: int) -> float:
+    """Evaluates the current model, writes metrics and a gallery, and returns its AbsRel."""
+    pipeline = DepthPipeline(model, params, mesh=mesh)
+    results = evaluate(
+        {config.stage: model_predictor(pipeline, config.eval)},
+        source,
+        title=f"step {step}",
+        min_depth=config.eval.min_depth,
+        max_depth=config.eval.max_depth,
+        num_images=config.eval.num_images,
+        batch_size=config.eval.batch_size,
+        num_pictures=config.eval.num_pictures,
+    )
+    names = [key for key in results.rows[0] if key not in ("predictor", "image", "group")]
+    writer.scalars(step, {key: results.mean(config.stage, key) for key in names}, prefix="eval")
+    if results.pictures is not None:
+        writer.picture(step, "predictions", results.pictures)
+    log.info("step %d: AbsRel %.4f", step, results.mean(config.stage))
+    return results.mean(config.stage)
+
+
+def require_finite(values: dict[str, float], step: int, checkpoint: int | None) -> None:
+    broken = {name: value for name, value in values.items() if not math.isfinite(value)}
+    if broken:
+        raise TrainingError(
+            f"step {step}: not finite: {broken}. The newest checkpoint is of step {checkpoint};"
+            " lower schedule.learning_rate or optim.clip, or set model.dtype to float32"
+        )
+
+
+def describe(model: DepthModel, params: Params) -> str:
+    parts = ", ".join(
+        f"{name} {count_params(tree) / 1e6:.2f}M"
+        for name, tree in params.items()
+        if name != "prompt"
+    )
+    return f"{count_params(params) / 1e6:.2f}M parameters ({parts}), {model.dtype}"
+
+
+class Profile(contextlib.ExitStack):
+    """A JAX profile of `count` steps from step `first` on; none where `count` is 0."""
+
+    def __init__(self, directory: pathlib.Path, first: int, count: int):
+        super().__init__()
+        self._directory, self._first, self._end = directory, first, first + count
+
+    def at(self, step: int) -> None:
+        if step == self._first < self._end:
+            self.enter_context(jax.profiler.trace(str(self._directory)))
+        elif step == self._end > self._first:
+            self.close()
+            log.info("profile of steps %d to %d in %s", self._first, step - 1, self._directory)
+
+
+def _last(scores: dict[int, float]) -> str:
+    return f"{list(scores.values())[-1]:.3f}" if scores else "-"

@@ -1,0 +1,80 @@
+import pathlib
+
+import jax
+import numpy as np
+import pytest
+
+from d3epth_jax import image as image_lib
+from d3epth_jax.models.config import TinyAutoencoderConfig, UNetConfig
+from d3epth_jax.models.depth_model import DepthModel
+from d3epth_jax.models.presets import SINGLE_STEP
+
+SHARED = pathlib.Path(__file__).parents[2] / "shared"
+
+# Two devices in every test: what is sharded in training is sharded here.
+jax.config.update("jax_num_cpu_devices", 2)
+
+
+@pytest.fixture(scope="session")
+def shared():
+    """Real pictures and weights beside the checkout, which are not part of the project."""
+    if not SHARED.is_dir():
+        pytest.skip(f"no folder {SHARED}: real pictures and weights are not part of the repository")
+    return SHARED
+
+
+def small_unet(widths=(8, 16), layers=1, mid="UNetMidBlock2DCrossAttn", channels=4) -> UNetConfig:
+    levels = len(widths)
+    return UNetConfig(
+        in_channels=channels,
+        block_out_channels=widths,
+        down_block_types=("DownBlock2D",) * (levels - 1) + ("CrossAttnDownBlock2D",),
+        up_block_types=("CrossAttnUpBlock2D",) + ("UpBlock2D",) * (levels - 1),
+        mid_block_type=mid,
+        layers_per_block=layers,
+        attention_head_dim=2,
+        cross_attention_dim=8,
+        norm_num_groups=4,
+    )
+
+
+def small_model(unet: UNetConfig | None = None, width: int = 8, **settings) -> DepthModel:
+    """A depth model of some thousand parameters that compiles in seconds; cells of 8 pixels."""
+    autoencoder = TinyAutoencoderConfig(
+        encoder_block_out_channels=(width,) * 4,
+        decoder_block_out_channels=(width,) * 4,
+        num_encoder_blocks=(0, 0, 0, 1),
+        num_decoder_blocks=(1, 0, 0, 0),
+    )
+    return DepthModel(unet or small_unet(), autoencoder, SINGLE_STEP, **settings)
+
+
+def scenes(count: int, height: int = 32, width: int = 48, seed: int = 0) -> dict[str, np.ndarray]:
+    """Slanted planes with a bright box before them: depth can be seen in the picture."""
+    rng = np.random.default_rng(seed)
+    y, x = np.mgrid[:height, :width] / max(height, width)
+    image = np.zeros((count, height, width, 3), np.uint8)
+    depth = np.zeros((count, height, width, 1), np.float32)
+    for i in range(count):
+        slope = rng.uniform(-3, 3, 2)
+        d = 4 + slope[0] * y + slope[1] * x
+        top, left = rng.integers(0, height // 2), rng.integers(0, width // 2)
+        box = np.s_[top : top + height // 3, left : left + width // 3]
+        d[box] = rng.uniform(0.5, 1.5)
+        depth[i, ..., 0] = d
+        image[i] = (255 / (1 + d))[..., None] * rng.uniform(0.6, 1, 3)
+    mask = np.ones_like(depth, bool)
+    mask[:, :2, :5] = False
+    return {"image": image, "depth": depth, "mask": mask}
+
+
+def write_pairs(root: pathlib.Path, count: int, **settings) -> pathlib.Path:
+    """RGB-D pairs on disk, in the folder source's plain layout."""
+    data = scenes(count, **settings)
+    for kind in ("rgb", "depth"):
+        (root / kind).mkdir(parents=True)
+    for i in range(count):
+        image_lib.save_png(root / "rgb" / f"{i:03d}.png", data["image"][i])
+        depth = np.where(data["mask"][i], data["depth"][i] * 1000, 0)[..., 0]
+        image_lib.save_png(root / "depth" / f"{i:03d}.png", depth.round().astype(np.uint16))
+    return root

@@ -1,0 +1,223 @@
+import csv
+import json
+import logging
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from d3epth_jax.data.sources.folder import FolderError, FolderSource, read_depth
+
+SHAPE = (12, 16)
+
+
+def write_pair(root, source, name, *, depth=2.0, shape=SHAPE, depth_shape=SHAPE, suffix=".png"):
+    """A grey picture and a plane of `depth` metres, in millimetres where it is a PNG."""
+    for kind in ("rgb", "depth"):
+        (root / source / kind).mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", shape[::-1], (90, 90, 90)).save(root / source / "rgb" / f"{name}.png")
+    path = root / source / "depth" / f"{name}{suffix}"
+    if suffix == ".npy":
+        np.save(path, np.full(depth_shape, depth, np.float32))
+    else:
+        Image.fromarray(np.full(depth_shape, depth * 1000, np.uint16)).save(path)
+
+
+def write_index(root, entries, name="index.json"):
+    if name.endswith(".json"):
+        (root / name).write_text(json.dumps(entries))
+    else:
+        with open(root / name, "w", newline="") as file:
+            writer = csv.DictWriter(file, sorted({key for entry in entries for key in entry}))
+            writer.writeheader()
+            writer.writerows(entries)
+
+
+def entry(source, stem, **fields):
+    pair = {"source": source, "rgb": f"rgb/{stem}.png", "depth": f"depth/{stem}.png"}
+    return {**pair, "depth_scale": 1000, **fields}
+
+
+def test_real_pairs_as_they_are(shared):
+    source = FolderSource(shared / "rgbd")
+    index = json.loads((shared / "rgbd" / "index.json").read_text())
+    assert len(source) == len(index) == 65
+    assert len({source.group(i) for i in range(65)}) == 7
+    for i, expected in enumerate(index):
+        sample = source[i]
+        size = expected["h"], expected["w"]
+        assert source.shape(i) == size
+        assert source.name(i) == f"{expected['source']}/{expected['name']}"
+        assert sample["image"].shape == (*size, 3) and sample["image"].dtype == np.uint8
+        assert sample["depth"].shape == (*size, 1) and sample["depth"].dtype == np.float32
+        assert sample["mask"].shape == (*size, 1) and sample["mask"].dtype == bool
+        known = sample["depth"][sample["mask"]]
+        figures = known.min(), np.median(known), known.max(), sample["mask"].mean()
+        wanted = [expected[key] for key in ("min_m", "median_m", "max_m", "valid")]
+        # The index is rounded to three (metres) and four decimals.
+        np.testing.assert_allclose(figures[:3], wanted[:3], atol=6e-4)
+        np.testing.assert_allclose(figures[3], wanted[3], atol=6e-5)
+
+
+def test_all_problems_at_once_before_training(tmp_path):
+    for name in ("good", "lonely", "sizes", "empty", "scale", "eight", "torn"):
+        write_pair(tmp_path, "a", name)
+    (tmp_path / "a/depth/lonely.png").unlink()
+    write_pair(tmp_path, "a", "sizes", depth_shape=(12, 15))
+    write_pair(tmp_path, "a", "empty", depth=0)
+    Image.new("L", SHAPE[::-1], 9).save(tmp_path / "a/depth/eight.png")
+    torn = (tmp_path / "a/rgb/torn.png").read_bytes()
+    (tmp_path / "a/rgb/torn.png").write_bytes(torn[:50])
+    names = ("good", "lonely", "sizes", "empty", "eight", "torn", "absent")
+    entries = [entry("a", name) for name in names]
+    entries.append(entry("a", "scale", depth_scale=0.001))
+    write_index(tmp_path, entries)
+
+    with pytest.raises(FolderError) as caught:
+        FolderSource(tmp_path)
+    text = str(caught.value)
+    assert len(caught.value.problems) == 8
+    for expected in (
+        "lonely.png: missing depth",
+        "absent.png: missing picture",
+        "absent.png: missing depth",
+        "sizes.png: picture is 16x12 but its depth",
+        "15x12",
+        "empty.png: no valid pixel(s), 16 are needed",
+        "scale.png: median depth 2e+06 m is implausible; depth_scale 0.001 is probably wrong",
+        "eight.png: Pillow mode 'L', not 16-bit",
+        "torn.png: damaged or truncated",
+    ):
+        assert expected in text
+    assert "good" not in text
+
+
+def test_skipping_is_counted_and_logged_by_name(tmp_path, caplog):
+    for name in ("0", "1", "2"):
+        write_pair(tmp_path, "a", name)
+    write_pair(tmp_path, "a", "1", depth=0)
+    with caplog.at_level(logging.WARNING):
+        source = FolderSource(tmp_path, depth_scale=1000, on_error="skip")
+    assert [source.name(i) for i in range(len(source))] == ["a/0", "a/2"]
+    assert "1 of 3 pairs skipped" in caplog.text and "depth/1.png: no valid pixel" in caplog.text
+
+    for name in ("0", "2"):
+        write_pair(tmp_path, "a", name, depth=0)
+    with pytest.raises(FolderError, match="3 problem"):
+        FolderSource(tmp_path, depth_scale=1000, on_error="skip")
+
+
+def test_folders_without_an_index(tmp_path):
+    write_pair(tmp_path, "b/indoor", "x")
+    write_pair(tmp_path, "a", "y", suffix=".npy", depth=3.5)
+    (tmp_path / "a/rgb/notes.txt").write_text("no picture")
+    source = FolderSource(tmp_path, depth_scale=500)
+    assert [source.name(i) for i in range(2)] == ["a/y", "b/indoor/x"]
+    assert [source.group(i) for i in range(2)] == ["a", "b/indoor"]
+    assert source[0]["depth"][0, 0, 0] == 3.5  # .npy is in metres, whatever the scale
+    assert source[1]["depth"][0, 0, 0] == 4.0
+
+    alone = FolderSource(tmp_path / "a")
+    assert alone.name(0) == "y" and alone.group(0) == "a"
+
+    (tmp_path / "a/depth/y.npy").rename(tmp_path / "a/depth/z.npy")
+    with pytest.raises(FolderError) as caught:
+        FolderSource(tmp_path)
+    text = str(caught.value)
+    assert "rgb/y.png: missing depth" in text and "depth/z.npy: missing picture" in text
+    assert "x.png: no depth_scale" in text
+
+    (tmp_path / "nothing").mkdir()
+    with pytest.raises(FolderError, match="no pairs"):
+        FolderSource(tmp_path / "nothing")
+    with pytest.raises(FolderError, match="no such folder"):
+        FolderSource(tmp_path / "nowhere")
+
+
+def test_csv_index_elsewhere_with_default_scale(tmp_path):
+    write_pair(tmp_path, "a", "x")
+    entries = [
+        {"source": "scene", "rgb": "a/rgb/x.png", "depth": "a/depth/x.png", "depth_scale": ""},
+        {"source": "a", "rgb": "rgb/x.png", "depth": "depth/x.png", "depth_scale": "500"},
+    ]
+    write_index(tmp_path, entries, "pairs.csv")
+    source = FolderSource(tmp_path, index="pairs.csv", depth_scale=250)
+    assert [source[i]["depth"][0, 0, 0] for i in range(2)] == [8.0, 4.0]
+    assert [source.group(i) for i in range(2)] == ["scene", "a"]
+
+
+def test_an_index_cannot_leave_the_folder(tmp_path):
+    write_pair(tmp_path, "a", "x")
+    write_pair(tmp_path, "secret", "x")
+    evil = [
+        entry("a", "x", rgb="../secret/rgb/x.png"),
+        entry("a", "x", depth=str(tmp_path / "secret/depth/x.png")),
+        entry("../secret", "x"),
+        entry("a", "x", name="../../x"),
+        entry("a", "x", rgb="C:x.png"),
+        entry("a", "x", rgb="..\\secret\\rgb\\x.png"),
+    ]
+    write_index(tmp_path / "a", [entry("", "x"), *evil])
+    with pytest.raises(FolderError) as caught:
+        FolderSource(tmp_path / "a")
+    assert len(caught.value.problems) == len(evil)
+    assert all("may leave the folder" in problem for problem in caught.value.problems)
+
+
+def test_a_malformed_index(tmp_path):
+    write_pair(tmp_path, "a", "x")
+    entries = [entry("a", "x"), entry("a", "x"), {"rgb": "x.png"}, entry("a", "x", depth_scale=-1)]
+    write_index(tmp_path, entries)
+    with pytest.raises(FolderError) as caught:
+        FolderSource(tmp_path)
+    text = str(caught.value)
+    assert "entry 2: no field 'depth'" in text
+    assert "entry 3: depth_scale -1 is not a positive number" in text
+    assert "'a/x' is already the name of" in text
+    for broken, message in (("{", "unreadable index"), ('{"a": 1}', "a list of objects")):
+        (tmp_path / "index.json").write_text(broken)
+        with pytest.raises(FolderError, match=message):
+            FolderSource(tmp_path)
+
+
+def test_split_and_list(tmp_path):
+    for source in ("a", "b"):
+        for name in range(5):
+            write_pair(tmp_path, source, str(name))
+
+    def names(**options):
+        source = FolderSource(tmp_path, depth_scale=1000, **options)
+        return [source.name(i) for i in range(len(source))]
+
+    assert names(split="validation") == ["a/4", "b/4"]
+    assert sorted(names(split="validation") + names(split="train")) == names()
+    assert names(split="validation", holdout_every=4) == ["a/3", "b/2"]
+    assert names(split="validation", holdout_sources=("b",)) == [f"b/{i}" for i in range(5)]
+    assert names(split="train", holdout_sources=("b",)) == [f"a/{i}" for i in range(5)]
+    with pytest.raises(ValueError, match=r"holdout_sources names \['c'\]; the sources are"):
+        names(split="train", holdout_sources=("c",))
+    with pytest.raises(ValueError, match="split must be"):
+        names(split="test")
+
+    (tmp_path / "list.txt").write_text("b/3\na/1\n\n")
+    assert names(filename_list=tmp_path / "list.txt") == ["b/3", "a/1"]
+    (tmp_path / "list.txt").write_text("b/3\nb/9\n")
+    with pytest.raises(FolderError, match="no pair is called 'b/9'"):
+        names(filename_list=tmp_path / "list.txt")
+
+    # A damaged pair moves no other from one side of the split to the other.
+    write_pair(tmp_path, "a", "1", depth=0)
+    assert names(split="validation", on_error="skip") == ["a/4", "b/4"]
+
+
+def test_what_is_no_depth(tmp_path):
+    depth = np.array([[1.5, 0, -2], [np.nan, np.inf, 3]], np.float64)
+    np.save(tmp_path / "a.npy", depth[..., None])
+    expected = np.array([[1.5, 0, 0], [0, 0, 3]], np.float32)[..., None]
+    np.testing.assert_array_equal(read_depth(tmp_path / "a.npy"), expected)
+    np.save(tmp_path / "b.npy", np.array([{}], object), allow_pickle=True)
+    with pytest.raises(ValueError, match="unreadable"):
+        read_depth(tmp_path / "b.npy")
+    np.save(tmp_path / "c.npy", np.zeros((2, 3, 4)))
+    with pytest.raises(ValueError, match=r"float64 \[2, 3, 4\], expected \[H, W\]"):
+        read_depth(tmp_path / "c.npy")

@@ -1,0 +1,133 @@
+import numpy as np
+import pytest
+
+from d3epth_jax import gallery
+from d3epth_jax.image import NEUTRAL, visualize_depth
+
+WHITE = np.array([255, 255, 255])
+
+
+def colored(value, width=40, height=30):
+    return np.full((height, width, 3), value, np.uint8)
+
+
+def test_cells_mark_the_unknown_and_keep_their_range():
+    depth = np.linspace(1, 5, 30 * 40, dtype=np.float32).reshape(30, 40, 1)
+    mask = np.ones_like(depth, bool)
+    mask[:10] = False
+    low, high = gallery.depth_range(depth, mask)
+    np.testing.assert_allclose([low, high], np.quantile(depth[mask], [0.02, 0.98]))
+    cell = gallery.depth_cell(depth, low, high, mask)
+    assert (cell[:10] == NEUTRAL).all() and not (cell[10:] == NEUTRAL).all(-1).any()
+    expected = visualize_depth(depth, val_min=low, val_max=high)
+    np.testing.assert_array_equal(cell[10:], expected[10:])
+    assert gallery.depth_range(depth, mask & False) == (0.0, 1.0)
+    low, high = gallery.depth_range(np.ones_like(depth), mask)
+    assert high > low  # a plane still has a range
+
+
+def test_error_cell_is_relative_and_fixed():
+    depth = np.array([2.0, 2.0, 2.0, 0.0, 4.0]).reshape(1, 5, 1)
+    prediction = np.array([2.0, 2.3, 9.0, 5.0, np.nan]).reshape(1, 5, 1)
+    cell = gallery.error_cell(prediction, depth, depth > 0, max_error=0.3)
+    ends = np.array([0, 0.5, 1, np.nan, np.nan]).reshape(1, 5, 1)
+    np.testing.assert_array_equal(cell, visualize_depth(ends, color_map="OrRd"))
+
+
+def test_sparse_depth_stays_visible_when_shrunk():
+    depth = np.zeros((370, 1224, 1), np.float32)
+    depth[180, 600] = 10
+    mask = depth > 0
+    row = gallery.row(colored(0, 1224, 370), depth, mask, {})
+    sheet = gallery.sheet([row._replace(cells={"gt": row.cells["ground truth"]})], cell_width=240)
+    body = sheet[: sheet.shape[0] - 70].astype(int)
+    assert (body.max(-1) - body.min(-1)).max() > 60  # a coloured pixel amid grey, white and ink
+
+
+def test_contact_sheet_is_a_grid():
+    colors = [[(250, 0, 0), (0, 250, 0)], [(0, 0, 250), None], [(9, 9, 99), (99, 9, 9)]]
+    rows = [[None if c is None else colored(c) for c in row] for row in colors]
+    sheet = gallery.contact_sheet(rows, ["one", "two"], ["a", "b", "c"], cell_width=80)
+    assert sheet.dtype == np.uint8
+    places = {}
+    for i, row in enumerate(colors):
+        for j, color in enumerate(row):
+            if color is not None:
+                y, x = np.nonzero((sheet == color).all(-1))
+                assert len(y) == 80 * 60  # drawn whole: nothing lies on top of it
+                places[i, j] = y.min(), x.min()
+    assert places[0, 0][0] == places[0, 1][0] and places[0, 0][1] == places[1, 0][1]
+    assert places[0, 1][1] == places[2, 1][1]
+    y, x = places[0, 0]
+    assert (sheet[:y] < 100).any() and (sheet[y:, :x] < 100).any()  # titles above and beside
+    y, x = places[1, 0][0], places[0, 1][1]
+    assert (sheet[y : y + 60, x : x + 80] == WHITE).all()  # None leaves its place empty
+    with pytest.raises(ValueError, match="do not fit"):
+        gallery.contact_sheet(rows, ["one"], ["a", "b", "c"])
+
+
+def test_long_titles_wrap_and_stay_in_their_column():
+    title = "error: student after stage two, refined " + "x" * 80
+    cells = [[colored(9)] * 2]
+    plain = gallery.contact_sheet(cells, ["a", "b"], [""], cell_width=120)
+    wrapped = gallery.contact_sheet(cells, [title, "b"], [""], cell_width=120)
+    more = wrapped.shape[0] - plain.shape[0]
+    assert more > 30 and wrapped.shape[1] == plain.shape[1]
+    heading = wrapped[: more + 20]
+    assert (heading[:more, 134:] == WHITE).all()  # above "b" is nothing
+    assert (heading[:, :14] == WHITE).all()
+
+
+def test_sheet_takes_rows_of_several_predictions():
+    depth = np.linspace(1, 5, 30 * 40, dtype=np.float32).reshape(30, 40, 1)
+    mask = depth > 1.5
+    rows = [gallery.row(colored(80), depth, mask, {"student": depth, "ramp": depth * 1.1})] * 2
+    assert list(rows[0].cells) == [
+        "image",
+        "ground truth",
+        "student",
+        "error: student",
+        "ramp",
+        "error: ramp",
+    ]
+    assert "1.6 to" in rows[0].title
+    sheet = gallery.sheet(rows, cell_width=60)
+    assert sheet.shape[1] >= 6 * 60 and sheet.dtype == np.uint8
+    narrow = gallery.sheet([gallery.Row("", {"image": colored(80)})], cell_width=60)
+    assert narrow.shape[1] > 60  # the legend is not cut
+
+
+@pytest.mark.parametrize("logy", [False, True])
+def test_line_plot_draws_every_curve(logy):
+    x = np.arange(100)
+    series = {
+        "nothing": ([], []),
+        "zero": (x, 0 * x),
+        "teacher": (x, np.exp(-x / 30)),
+        "student": (x[:50], np.where(x[:50] == 20, np.nan, 0.5)),
+        "one point": ([70], [0.8]),
+    }
+    plot = gallery.line_plot(series, "loss", "step", "SSI", logy, size=(500, 300))
+    assert plot.shape == (300, 500, 3) and plot.dtype == np.uint8
+    area = plot[60:248, 40:330].astype(int)  # without legend, labels and the axes
+    for number, name in enumerate(series):
+        color = np.array(list(bytes.fromhex(gallery.LINES[number][1:])))
+        drawn = (np.abs(area - color).max(-1) < 40).sum()
+        expected = name != "nothing" and not (logy and name == "zero")
+        assert (drawn > 10) == expected, (name, drawn)
+
+
+def test_line_plot_of_nothing_and_of_large_values():
+    assert gallery.line_plot({}, "empty", "x", "y").shape == (400, 720, 3)
+    plot = gallery.line_plot({"a": ([0, 1e6], [1e8, 1e8])}, "flat", "x", "y")
+    assert plot.shape == (400, 720, 3)
+
+
+def test_ticks_are_round():
+    assert [text for _, text in gallery._ticks(0, 1)] == ["0", "0.2", "0.4", "0.6", "0.8", "1"]
+    assert [text for _, text in gallery._ticks(0.249, 0.31)] == [
+        "0.25", "0.26", "0.27", "0.28", "0.29", "0.3", "0.31"
+    ]  # fmt: skip
+    assert gallery._ticks(0, 1e6)[-1] == (1e6, "1000000")
+    assert [text for _, text in gallery._log_ticks(-2, 1)] == ["0.01", "0.1", "1", "10"]
+    assert [text for _, text in gallery._log_ticks(-1, 0)] == ["0.1", "0.2", "0.5", "1"]

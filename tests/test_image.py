@@ -1,0 +1,174 @@
+import io
+import os
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from diffusers.pipelines.marigold.marigold_image_processing import MarigoldImageProcessor
+from PIL import Image
+
+from d3epth_jax import image
+
+SIZES = [((7, 11), (7, 11)), ((37, 53), (16, 24)), ((12, 9), (40, 31)), ((30, 20), (13, 45))]
+
+
+def torch_resize(array, size, **options):
+    tensor = torch.from_numpy(np.moveaxis(array, -1, -3))[None]
+    return np.moveaxis(F.interpolate(tensor, size=size, **options)[0].numpy(), -3, -1)
+
+
+@pytest.mark.parametrize("old, new", SIZES)
+@pytest.mark.parametrize("antialias", [False, True])
+# torch computes its float32 coordinates in float32, 1e-5 off where they are large.
+@pytest.mark.parametrize("dtype, tolerance", [(np.float64, 1e-13), (np.float32, 3e-5)])
+def test_resize_equals_torch(old, new, antialias, dtype, tolerance):
+    array = np.random.default_rng(0).normal(size=(*old, 3)).astype(dtype)
+    expected = torch_resize(array, new, mode="bilinear", align_corners=False, antialias=antialias)
+    result = image.resize(array, new, antialias=antialias)
+    assert result.dtype == dtype
+    np.testing.assert_allclose(result, expected, rtol=0, atol=tolerance)
+
+
+def test_resize_takes_a_batch_and_keeps_its_precision():
+    array = np.random.default_rng(0).normal(size=(2, 5, 6, 1))
+    result = image.resize(array, (9, 4), antialias=True)
+    assert result.dtype == np.float64
+    np.testing.assert_array_equal(result[1], image.resize(array[1], (9, 4), antialias=True))
+
+
+def test_resize_of_integers_is_not_rounded():
+    array = np.array([0, 1], np.uint8).reshape(1, 2, 1)
+    result = image.resize(array, (1, 4), antialias=False)
+    np.testing.assert_allclose(result.ravel(), [0, 0.25, 0.75, 1])
+
+
+def test_nearest_exact_equals_torch_at_ties_too():
+    for old in (1, 2, 15, 96, 198, 370, 480, 1224):
+        array = np.arange(old, dtype=np.float32)[:, None, None]
+        for new in (1, 3, 8, 91, 96, 118, 200, 353, 480):
+            expected = torch_resize(array, (new, 1), mode="nearest-exact")
+            np.testing.assert_array_equal(image.resize_nearest_exact(array, (new, 1)), expected)
+    array = np.random.default_rng(0).normal(size=(10, 14, 2)).astype(np.float32)
+    expected = torch_resize(array, (7, 23), mode="nearest-exact")
+    np.testing.assert_array_equal(image.resize_nearest_exact(array, (7, 23)), expected)
+    assert image.resize_nearest_exact(array > 0, (7, 23)).dtype == bool
+
+
+def test_processing_size():
+    assert image.processing_size(480, 640, 768) == (576, 768)
+    assert image.processing_size(370, 1224, 768) == (232, 768)  # 232.16: floor
+    assert image.processing_size(1000, 999, 768) == (768, 767)
+    assert image.processing_size(33, 45, 0) == (33, 45)
+    with pytest.raises(ValueError, match="4x2000 pixels shrinks to 0x100"):
+        image.processing_size(4, 2000, 100)
+    with pytest.raises(ValueError, match="negative"):
+        image.processing_size(4, 4, -1)
+
+
+def test_pad_to_multiple_repeats_the_border():
+    array = np.random.default_rng(0).normal(size=(2, 5, 9, 3))
+    padded, size = image.pad_to_multiple(array, 8)
+    assert padded.shape == (2, 8, 16, 3) and size == (5, 9)
+    np.testing.assert_array_equal(padded[:, :5, :9], array)
+    np.testing.assert_array_equal(padded[:, 7, 15], array[:, 4, 8])
+    assert image.pad_to_multiple(padded, 8)[0].shape == padded.shape
+
+
+def test_to_float():
+    result = image.to_float(np.array([0, 255], np.uint8))
+    assert result.dtype == np.float32
+    np.testing.assert_array_equal(result, [-1, 1])
+
+
+def test_load_turns_upright_and_drops_alpha(tmp_path):
+    pixels = np.random.default_rng(0).integers(0, 256, (4, 6, 4), np.uint8)
+    exif = Image.Exif()
+    exif[0x0112] = 6  # stored lying on its side
+    Image.fromarray(pixels).save(tmp_path / "a.png", exif=exif)
+    np.testing.assert_array_equal(image.load(tmp_path / "a.png"), np.rot90(pixels, -1)[..., :3])
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "CMYK", "RGB", "YCbCr"])
+def test_load_converts_modes(tmp_path, mode):
+    picture = Image.new("RGB", (3, 2), (255, 255, 255)).convert(mode)
+    picture.save(tmp_path / "a.tif") if mode != "LA" else picture.save(tmp_path / "a.png")
+    result = image.load(next(tmp_path.iterdir()))
+    np.testing.assert_array_equal(result, np.full((2, 3, 3), 255, np.uint8))
+
+
+def test_load_divides_16_bits(tmp_path):
+    Image.fromarray(np.array([[0, 257, 32896, 65535]], np.uint16)).save(tmp_path / "a.png")
+    np.testing.assert_array_equal(image.load(tmp_path / "a.png")[0, :, 1], [0, 1, 128, 255])
+
+
+def test_load_names_a_bad_file(tmp_path, monkeypatch):
+    buffer = io.BytesIO()
+    noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)
+    for suffix in ("png", "jpg"):
+        buffer.seek(0)
+        Image.fromarray(noise).save(buffer, "png" if suffix == "png" else "jpeg")
+        path = tmp_path / f"half.{suffix}"
+        path.write_bytes(buffer.getvalue()[:1500])
+        with pytest.raises(image.ImageError, match=rf"half\.{suffix}: damaged or truncated"):
+            image.load(path)
+    (tmp_path / "text.png").write_text("this is no picture")
+    with pytest.raises(image.ImageError, match=r"text\.png: not a picture"):
+        image.load(tmp_path / "text.png")
+    Image.fromarray(noise[..., 0].astype(np.float32)).save(tmp_path / "float.tif")
+    with pytest.raises(image.ImageError, match=r"float\.tif: float picture"):
+        image.load(tmp_path / "float.tif")
+    with pytest.raises(FileNotFoundError, match="absent"):
+        image.load(tmp_path / "absent.png")
+    Image.fromarray(noise).save(tmp_path / "bomb.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    with pytest.raises(image.ImageError, match=r"bomb\.png: refused as a decompression bomb"):
+        image.load(tmp_path / "bomb.png")
+
+
+def test_visualize_depth_looks_like_diffusers():
+    prediction = np.linspace(0, 1, 256, dtype=np.float32).reshape(1, 16, 16, 1)
+    expected = np.stack(MarigoldImageProcessor.visualize_depth(prediction, color_map="Spectral"))
+    result = image.visualize_depth(prediction)
+    assert result.shape == (1, 16, 16, 3) and result.dtype == np.uint8
+    # diffusers samples a table; 2 of 255 levels cannot be seen.
+    assert np.abs(result.astype(int) - expected.astype(int)).max() <= 2
+
+
+def test_visualize_depth_range_and_unknown():
+    values = np.array([-5.0, 2.0, 3.0, 4.0, 99.0, np.nan]).reshape(1, 6, 1)
+    colors = image.visualize_depth(values, color_map="gray", val_min=2, val_max=4)
+    np.testing.assert_array_equal(colors[0, :, 0], [0, 0, 128, 255, 255, 128])
+    with pytest.raises(ValueError, match="no colour map 'jet'"):
+        image.visualize_depth(values, color_map="jet")
+    with pytest.raises(ValueError, match="val_max must exceed"):
+        image.visualize_depth(values, val_min=1, val_max=1)
+    with pytest.raises(ValueError, match=r"\[\.\.\., H, W, 1\]"):
+        image.visualize_depth(np.zeros((4, 4)))
+
+
+def test_16_bit_png_there_and_back(tmp_path):
+    prediction = np.array([0, 0.25, 1, 1.5, np.nan], np.float32).reshape(1, 5, 1)
+    exported = image.export_depth_to_16bit_png(prediction)
+    np.testing.assert_array_equal(exported, np.array([[0, 16384, 65535, 65535, 0]], np.uint16))
+    image.save_png(tmp_path / "new" / "depth.png", exported)
+    with Image.open(tmp_path / "new" / "depth.png") as picture:
+        assert picture.mode == "I;16"
+        np.testing.assert_array_equal(np.asarray(picture), exported)
+
+
+def test_save_png_is_all_or_nothing(tmp_path, monkeypatch):
+    path = tmp_path / "a.png"
+    old = np.zeros((2, 2, 3), np.uint8)
+    image.save_png(path, old)
+
+    def fail(*_):
+        raise OSError("disk full")
+
+    monkeypatch.setattr(os, "replace", fail)
+    with pytest.raises(OSError, match="disk full"):
+        image.save_png(path, old + 1)
+    np.testing.assert_array_equal(image.load(path), old)
+    assert [file.name for file in tmp_path.iterdir()] == ["a.png"]
+    with pytest.raises(ValueError, match=r"float32 \[2, 2\]"):
+        image.save_png(path, np.zeros((2, 2), np.float32))
