@@ -88,6 +88,7 @@ def training(stage: str) -> ConfigDict:
     if stage == "pixel":
         beta = {"ssi": 1.0, "edge": 0.5, "range": 0.0, "latent": 0.0, "teacher": 0.0}
         options = {
+            "upright": False,
             "penalty": "l1",
             "stop_gradient_alignment": False,
             "delta": 0.05,

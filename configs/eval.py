@@ -2,7 +2,7 @@
 
     python -m d3epth_jax.main --config=configs/eval.py \\
         --config.models.student=DIR --config.eval.source.path=DIR
-    python -m d3epth_jax.main --config=configs/eval.py:tiny     # trivial predictors, rendered scenes
+    python -m d3epth_jax.main --config=configs/eval.py:tiny     # trivial ones, rendered scenes
 
 Writes evaluation.md (the table), .csv (every image), .json and .png (the gallery) to the workdir.
 """

@@ -22,7 +22,9 @@ def teacher(tiny: bool = False) -> ConfigDict:
     config = _training("pixel", steps=1000, learning_rate=2e-3, tiny=tiny)
     config.model.preset = "d2_nano"
     config.trainable = ("unet/", "encoder/", "decoder/")
-    config.loss.beta.range = 0.1  # no pretrained model says which sign and range depth has
+    # No pretrained model says which sign and range depth has.
+    config.loss.beta.range = 0.5
+    config.loss.options.upright = True
     return config
 
 

@@ -6,8 +6,8 @@
         --config.eval.source.path=DIR                                  # a minute or two on 2 cores
 
 The default distils D^2epth into BK-SDM's small UNet (d3_light_small), both with the same frozen
-tiny autoencoder. `tiny` distils the quickstart's teacher, which it trains first where there is none, on
-RGB-D pairs of your own (data/sources/folder.py says in which layouts).
+tiny autoencoder. `tiny` distils the quickstart's teacher, which it trains first where there is
+none, on RGB-D pairs of your own (data/sources/folder.py says in which layouts).
 """
 
 from ml_collections import ConfigDict

@@ -39,8 +39,8 @@ def make_train_step(
     frozen holds {"rest": parameters that do not train, "teacher": its parameters if there is one}.
     """
 
-    def numerators(params, frozen, batch, coefficients):
-        """Per group of losses that share their n_b: sum_k c_k sum_b n_b L_kb; and the sums."""
+    def totals(params, frozen, batch, coefficients):
+        """What is differentiated, as a tuple, with the denominators that are still to divide it."""
         losses, weights, metrics = loss_fn(merge(params, frozen["rest"]), frozen, batch)
         if set(losses) != set(beta):
             raise ValueError(f"loss_fn returns {sorted(losses)}, beta has {sorted(beta)}")
@@ -50,17 +50,19 @@ def make_train_step(
             # `where`: an image without weight may hold anything.
             sums[name] = jnp.sum(n * jnp.where(n > 0, value, 0.0))
             counts[name] = jnp.sum(n)
+        if accumulate == 1:
+            total = sum(coefficients[name] * _mean(sums[name], counts[name]) for name in losses)
+            return (total,), ((jnp.float32(1),), sums, counts)
         groups = _groups(losses, weights)
-        totals = tuple(sum(coefficients[name] * sums[name] for name in group) for group in groups)
-        denominators = tuple(counts[group[0]] for group in groups)
-        return totals, (denominators, sums, counts)
+        numerators = tuple(sum(coefficients[n] * sums[n] for n in group) for group in groups)
+        return numerators, (tuple(counts[group[0]] for group in groups), sums, counts)
 
     def gradients(params, frozen, batch, coefficients):
-        """One gradient tree per group: a single backward pass where all losses share their n_b."""
-        totals, pullback, aux = jax.vjp(
-            lambda p: numerators(p, frozen, batch, coefficients), params, has_aux=True
+        """One gradient tree, and one backward pass, per entry of `totals`."""
+        values, pullback, aux = jax.vjp(
+            lambda p: totals(p, frozen, batch, coefficients), params, has_aux=True
         )
-        basis = [tuple(jnp.float32(i == j) for j in range(len(totals))) for i in range(len(totals))]
+        basis = [tuple(jnp.float32(i == j) for j in range(len(values))) for i in range(len(values))]
         return tuple(pullback(cotangent)[0] for cotangent in basis), aux
 
     def accumulated(params, frozen, batch, coefficients):
@@ -89,11 +91,10 @@ def make_train_step(
         per_group, (denominators, sums, counts) = accumulated(
             state.params, frozen, batch, coefficients
         )
-        scales = [1 / jnp.maximum(n, 1e-12) for n in denominators]
         gradient = jax.tree.map(
-            lambda *gs: sum(s * g for s, g in zip(scales, gs, strict=True)), *per_group
+            lambda *gs: sum(_mean(g, n) for g, n in zip(gs, denominators, strict=True)), *per_group
         )
-        means = {name: sums[name] / jnp.maximum(counts[name], 1e-12) for name in sums}
+        means = {name: _mean(sums[name], counts[name]) for name in sums}
 
         updates, opt_state = tx.update(gradient, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
@@ -127,8 +128,16 @@ def make_train_step(
     return train_step
 
 
+def _mean(total: jax.Array, count: jax.Array) -> jax.Array:
+    return total / jnp.maximum(count, 1e-12)
+
+
 def _groups(losses: Mapping[str, jax.Array], weights: Mapping[str, jax.Array]) -> list[list[str]]:
-    """Names of losses by the array of n_b they share; identity of the traced array is static."""
+    """Names of losses by the array of n_b they share; identity of the traced array is static.
+
+    While micro-batches are summed no denominator is known, so losses that share one can share a
+    gradient tree, and others cannot.
+    """
     groups = {}
     for name in losses:
         groups.setdefault(id(weights[name]), []).append(name)

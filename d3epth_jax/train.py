@@ -112,6 +112,9 @@ def run(config, workdir: pathlib.Path) -> pathlib.Path:
                 profile.at(step)
                 batch = sharding.put_batch(next(batches), mesh)
                 state, metrics = train_step(state, frozen, batch)
+                if mesh.devices.flat[0].platform == "cpu":
+                    # Steps in flight on several CPU devices would compete for XLA's threads.
+                    jax.block_until_ready(metrics)
                 progress.update(step, note=f"AbsRel {_last(scores)}")
                 if step % config.train.log_every == 0 or step == total:
                     values = {name: float(value) for name, value in metrics.items()}

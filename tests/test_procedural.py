@@ -10,8 +10,9 @@ import pytest
 
 from d3epth_jax.data import procedural
 from d3epth_jax.data.procedural import layouts, objects
-from d3epth_jax.data.procedural.render import intersect, render_scene
+from d3epth_jax.data.procedural.render import render_scene
 from d3epth_jax.data.procedural.scenes import make_scene, rotation_y
+from d3epth_jax.data.procedural.trace import intersect
 
 HEIGHT, WIDTH = 24, 32
 
@@ -59,7 +60,8 @@ def test_intersections_by_hand(shape, origin, direction, expected):
 
 def one_box(distance, yaw=0.0, shape="box", half=(50.0, 50.0, 1.0), height=60.0):
     """A scene with one primitive ahead of a level camera, everything else put out of the way."""
-    scene = make_scene(jax.random.key(3))
+    abstract = jax.eval_shape(make_scene, jax.random.key(0))
+    scene = jax.tree.map(lambda leaf: jnp.ones(leaf.shape, leaf.dtype), abstract)
     count = scene.centre.shape[0]
     return scene._replace(
         eye=jnp.array([0.0, height, 0.0]),

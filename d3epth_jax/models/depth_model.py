@@ -85,9 +85,9 @@ def init_params(model: DepthModel, seed: int) -> Params:
     """Random parameters as NumPy arrays, float32; every array depends on the seed and its path.
 
     Kernels are normal with variance 1/fan_in (LeCun; 2/fan_in before a ReLU, He), but zero where a
-    residual branch ends, so that every block starts as the identity. The prompt is two zero tokens: nothing depends on its
-    value, and a text encoder can reproduce it. Drawn by NumPy, since XLA would compile a random
-    number generator per shape, half a minute for a small UNet.
+    residual branch ends, so that every block starts as the identity. The prompt is two zero tokens:
+    nothing depends on its value, and a text encoder can reproduce it. Drawn by NumPy, since XLA
+    would compile a random number generator per shape, half a minute for a small UNet.
     """
 
     def initial(path, abstract):

@@ -16,6 +16,7 @@ def make_loss(
     teacher: DepthModel | None = None,
     *,
     terms: tuple[str, ...] = TASKS,
+    upright: bool = False,
     normalize_target: bool = True,
     image_weights: str = "valid",
     penalty: str = "l1",
@@ -32,10 +33,13 @@ def make_loss(
       model: the student.
       teacher: needed by the terms `latent` and `teacher` alone.
       terms: which losses are formed. Beside the two tasks:
-        `range`: L1 to the normalised target without alignment, which fixes the output's sign and
-          range where no pretrained model does (training from scratch; our reading);
+        `range`: L1 to the normalised target without alignment, which fixes the output's range
+          where no pretrained model does (training from scratch; our reading);
         `latent`: MSE to the teacher's latent, an anchor for the latent space;
         `teacher`: L1 to the teacher's depth in pixels.
+      upright: the tasks leave out images whose prediction is inverted (s < 0), so that only `range`
+        acts on them. From scratch the sign is open, the tasks cannot see it, and their gradient,
+        inversely proportional to the prediction's spread, would freeze that of the first steps.
       normalize_target, image_weights: whether each target is normalised, and how images count;
         losses.PRESETS names the pairs.
       The rest: METHOD 3 and 4.
@@ -75,8 +79,11 @@ def make_loss(
             num_scales=num_scales,
             min_valid=min_valid,
         )
-        weights = losses.image_weights(mask, hybrid["valid"], kind=image_weights)
+        counted = hybrid["valid"] & ~hybrid["negative_scale"] if upright else hybrid["valid"]
+        of_tasks = losses.image_weights(mask, counted, kind=image_weights)
+        of_others = losses.image_weights(mask, has_target, kind=image_weights)
         everything = {name: hybrid[name] for name in TASKS if name in terms}
+        weights = dict.fromkeys(everything, of_tasks)
         if "range" in terms:
             everything["range"] = alignment.masked_mean(jnp.abs(depth - target), mask)
         if teacher is not None and {"latent", "teacher"} & set(terms):
@@ -89,6 +96,7 @@ def make_loss(
                 teacher_depth = inference.decode_depth(teacher, of_teacher, teacher_latent)
                 everything["teacher"] = jnp.mean(jnp.abs(depth - teacher_depth), (1, 2, 3))
         metrics = {"negative_scale": hybrid["negative_scale"].astype(jnp.float32)}
-        return everything, dict.fromkeys([*everything, *metrics], weights), metrics
+        weights["negative_scale"] = hybrid["valid"].astype(jnp.float32)
+        return everything, dict.fromkeys(everything, of_others) | weights, metrics
 
     return loss_fn

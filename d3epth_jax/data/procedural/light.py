@@ -1,5 +1,7 @@
-"""Light, air, sky and lens of a scene, drawn so that brightness says nothing about distance:
-lamps stand anywhere, also at the camera, haze may be dark, exposure is drawn."""
+"""Light, air, sky and lens of a scene, drawn so that brightness says nothing about distance.
+
+Lamps stand anywhere, also at the camera; haze may be dark; the exposure is drawn.
+"""
 
 from typing import NamedTuple
 

@@ -33,9 +33,7 @@ class Scene(NamedTuple):
     shell_centre: Float[Array, "3"]
     shell_rotation: Float[Array, "3 3"]
     shell_half: Float[Array, "3"]
-    materials: Float[
-        Array, "P+6 M"
-    ]  # of the primitives, then of the shell's faces -x +x -y +y -z +z
+    materials: Float[Array, "P+6 M"]  # then the shell's faces: -x +x -y +y -z +z
     light: Light
 
 
@@ -75,7 +73,6 @@ def _place(u, table, thing, extent, half_fov, yaw, walls, ceiling, top):
     left, right, ahead, behind = walls
     a, b, y, turn = (between(u[:, i], table["range"][:, i]) for i in range(4))
     place = table["place"]
-    # Quarter turns besides the slot's own: furniture is mostly aligned with the room.
     view = jnp.stack([b * jnp.sin(a * half_fov - yaw), b * jnp.cos(a * half_fov - yaw)], -1)
 
     # Walls: ahead, right, left, behind; s runs along the wall, seen from inside to the right.

@@ -1,0 +1,73 @@
+"""The command line: configs load, typos fail with the nearest name, jobs chain."""
+
+import subprocess
+import sys
+
+import pytest
+
+from configs import common, quickstart
+from configs import eval as eval_config
+from d3epth_jax import evaluate, main
+from tests.conftest import write_pairs
+
+ROOT = main.pathlib.Path(__file__).parents[1]
+
+
+def run(*arguments: str, timeout: int = 120) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "d3epth_jax.main", *arguments]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=timeout)
+
+
+@pytest.mark.parametrize("name", ["quickstart", "d2", "stage1", "stage2", "eval"])
+def test_every_config_has_a_default_and_a_tiny_form(name):
+    module = __import__(f"configs.{name}", fromlist=["get_config"])
+    for word in (None, "tiny"):
+        config = module.get_config(word)
+        assert config.workdir.startswith("runs/")
+        assert config.cpu_devices >= 1
+    with pytest.raises(ValueError, match="unknown word 'tony'"):
+        module.get_config("tony")
+
+
+def test_typo_in_a_config_key_names_the_nearest():
+    result = run("--config=configs/stage2.py:tiny", "--config.schedule.learning_rat=1")
+    assert result.returncode != 0
+    assert 'Did you mean "learning_rate"' in result.stderr
+
+
+def test_missing_data_folder_is_named(tmp_path):
+    result = run(
+        "--config=configs/eval.py",
+        f"--config.eval.source.path={tmp_path / 'nowhere'}",
+        f"--config.models.student={tmp_path / 'no_model'}",
+        f"--workdir={tmp_path}",
+    )
+    assert result.returncode != 0
+    assert "no_model" in result.stderr
+
+
+def test_workdir_is_filled_in_everywhere(tmp_path):
+    config = main.fill_in(quickstart.get_config("tiny"), tmp_path)
+    assert config.stage1.teacher.path == f"{tmp_path}/teacher/model"
+    assert config.evaluation.models["student at start"] == f"{tmp_path}/stage1/model_start"
+    assert "{workdir}" in quickstart.get_config("tiny").stage1.teacher.path  # a copy
+
+
+def test_eval_job_writes_table_scores_and_gallery(tmp_path, capsys):
+    config = eval_config.get_config("tiny")
+    config.eval.source = common.folder(str(write_pairs(tmp_path / "pairs", 4)))
+    config.mean_map.source = config.eval.source
+    config.mean_map.update(height=16, width=24)
+    evaluate.run(config, tmp_path / "out")
+    assert "| ramp" in capsys.readouterr().out
+    assert {p.name for p in (tmp_path / "out").iterdir()} == {
+        f"evaluation.{kind}" for kind in ("csv", "json", "md", "png")
+    }
+    lines = (tmp_path / "out/evaluation.csv").read_text().splitlines()
+    assert len(lines) == 1 + 4 * 3
+    config.shuffled = "nobody"
+    with pytest.raises(ValueError, match="nobody"):
+        evaluate.run(config, tmp_path / "out")
+    config.baselines = ("ramp", "slope")
+    with pytest.raises(ValueError, match="slope"):
+        evaluate.run(config, tmp_path / "out")

@@ -1,0 +1,199 @@
+"""The loop from config to model directory: resume, teachers, errors before training."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+from ml_collections import ConfigDict
+
+from configs import common, quickstart, stage1, stage2
+from d3epth_jax import train
+from d3epth_jax.checkpoint import Checkpoints
+from d3epth_jax.data.sources.folder import FolderError
+from d3epth_jax.metric_writer import MetricWriter, read_metrics
+from d3epth_jax.models import presets
+from d3epth_jax.weights import hub
+from tests.conftest import small_model, small_unet, write_pairs
+
+
+@pytest.fixture(autouse=True)
+def small_presets(monkeypatch):
+    """The configs' presets stand for models of some thousand parameters here."""
+    teacher, student = small_model(small_unet((8, 16))), small_model(small_unet((4, 8), mid=None))
+    for name, model in (("d2_nano", teacher), ("d3_nano", student)):
+        monkeypatch.setitem(presets.PRESETS, name, (model.unet, model.autoencoder))
+
+
+@pytest.fixture(scope="module")
+def pairs(tmp_path_factory):
+    return write_pairs(tmp_path_factory.mktemp("pairs"), 10)
+
+
+def on_pairs(config: ConfigDict, pairs, steps: int = 6) -> ConfigDict:
+    config.data.source = common.folder(str(pairs), split="train")
+    config.data.height, config.data.width, config.data.batch_size = 32, 48, 4
+    config.eval.source = common.folder(str(pairs), split="validation")
+    config.eval.update(num_images=0, num_pictures=1, batch_size=2, every=steps)
+    config.model.processing_resolution = 48
+    config.train.update(steps=steps, log_every=1, checkpoint_every=2)
+    config.weighting.dwa.window = 2
+    return config
+
+
+def teacher_config(pairs, **settings) -> ConfigDict:
+    return on_pairs(quickstart.teacher(tiny=True), pairs, **settings)
+
+
+def weights(directory) -> dict[str, bytes]:
+    return {str(p.relative_to(directory)): p.read_bytes() for p in directory.rglob("*.safetensors")}
+
+
+def test_interrupted_run_resumes_bit_for_bit(pairs, tmp_path, monkeypatch):
+    config = teacher_config(pairs)
+    train.run(config, tmp_path / "whole")
+
+    def interrupted(self, step, values, **kwargs):
+        if step == 5:
+            raise KeyboardInterrupt
+        scalars(self, step, values, **kwargs)
+
+    scalars = MetricWriter.scalars
+    monkeypatch.setattr(MetricWriter, "scalars", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        train.run(config, tmp_path / "parts")
+    monkeypatch.undo()
+    assert not (tmp_path / "parts/model").exists()
+    for name, model in (("d2_nano", small_model(small_unet((8, 16)))),):
+        monkeypatch.setitem(presets.PRESETS, name, (model.unet, model.autoencoder))
+    train.run(config, tmp_path / "parts")
+
+    assert weights(tmp_path / "parts/model") == weights(tmp_path / "whole/model")
+    # Weighting state, moments and data position as well: the last checkpoints are the same.
+    whole, parts = (leaves_of_last_checkpoint(tmp_path / name) for name in ("whole", "parts"))
+    assert whole.keys() == parts.keys()
+    for key in whole:
+        np.testing.assert_array_equal(whole[key], parts[key], err_msg=key)
+    # And the metrics of steps 5 and 6 are there once, the same as without interruption.
+    rows = [read_metrics(tmp_path / name / "metrics.jsonl") for name in ("whole", "parts")]
+    assert rows[0] == rows[1]
+
+
+def leaves_of_last_checkpoint(workdir) -> dict[str, np.ndarray]:
+    import orbax.checkpoint as ocp
+
+    steps = sorted(int(p.name) for p in (workdir / "checkpoints").iterdir() if p.name.isdigit())
+    path = (workdir / "checkpoints" / str(steps[-1])).absolute()
+    state = ocp.StandardCheckpointer().restore(path / "state")
+    data = json.loads((path / "data" / "metadata").read_text())
+    flat = jax.tree_util.tree_flatten_with_path({"state": state, "data": data})[0]
+    return {jax.tree_util.keystr(key): np.asarray(value) for key, value in flat}
+
+
+def test_finished_run_is_not_trained_again(pairs, tmp_path, monkeypatch):
+    config = teacher_config(pairs, steps=2)
+    output = train.run(config, tmp_path)
+    before = weights(output)
+    monkeypatch.setattr(train, "make_batches", lambda *_: pytest.fail("trained again"))
+    assert train.run(config, tmp_path) == output
+    assert weights(output) == before
+
+
+def test_another_models_checkpoint_is_refused(pairs, tmp_path, monkeypatch):
+    train.run(teacher_config(pairs, steps=2), tmp_path)
+    config = teacher_config(pairs, steps=4)
+    wider = small_model(small_unet((8, 24)))
+    monkeypatch.setitem(presets.PRESETS, "d2_nano", (wider.unet, wider.autoencoder))
+    with pytest.raises(ValueError, match="does not fit this run's model"):
+        train.run(config, tmp_path)
+
+
+@pytest.mark.parametrize("stage", [stage1, stage2])
+def test_tiny_stages_train_what_is_absent_first_and_tell_before_and_after(
+    stage, pairs, tmp_path, caplog
+):
+    config = on_pairs(stage.get_config("tiny"), pairs)
+    config.teacher.path = str(tmp_path / "teacher/model")
+    config.teacher.config = teacher_config(pairs, steps=2)
+    if stage is stage2:
+        config.init = str(tmp_path / "stage1/model")
+        config.init_config = on_pairs(config.init_config, pairs, steps=2)
+        config.init_config.teacher = config.teacher
+    with caplog.at_level("INFO", logger="d3epth_jax"):
+        output = train.run(config, tmp_path / "student")
+    assert (tmp_path / "teacher/model/unet").is_dir()
+    assert any("AbsRel before" in message for message in caplog.messages)
+    model, params = hub.load_model(output)
+    assert model.unet == presets.get("d3_nano")[0]
+    assert set(params) == {"unet", "encoder", "decoder", "prompt"}  # no adapters
+
+
+def test_frozen_parts_and_teacher_are_bit_identical_after_training(pairs, tmp_path):
+    teacher = train.run(teacher_config(pairs, steps=2), tmp_path / "teacher")
+    before = weights(teacher)
+    config = on_pairs(quickstart.stage1(tiny=True), pairs, steps=3)
+    config.teacher.path = str(teacher)
+    config.model.encoder = "teacher"
+    config.trainable = ("unet/",)
+    config.loss.beta.enc = 0.0
+    student = train.run(config, tmp_path / "student")
+    assert weights(teacher) == before
+    assert weights(student)["vae/" + hub.WEIGHTS] == before["vae/" + hub.WEIGHTS]
+    assert weights(student)["unet/" + hub.WEIGHTS] != before["unet/" + hub.WEIGHTS]
+
+
+def test_every_broken_pair_is_reported_before_training(tmp_path):
+    root = write_pairs(tmp_path / "pairs", 5)
+    (root / "depth/001.png").unlink()
+    (root / "rgb/003.png").write_bytes(b"no picture")
+    config = teacher_config(root)
+    with pytest.raises(FolderError) as error:
+        train.run(config, tmp_path / "run")
+    assert "001" in str(error.value) and "003" in str(error.value)
+    config.data.source.on_error = config.eval.source.on_error = "skip"
+    config.train.steps = 2
+    train.run(config, tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    "change,message",
+    [
+        ({"stage": "pixels"}, "unknown stage 'pixels'"),
+        ({"trainable": ("unet/", "nett/")}, "match no parameter: .'nett/'."),
+        ({"data.batch_size": 3}, "not a multiple of the 2 devices"),
+        ({"train.accumulate": 4}, "micro-batches"),
+        ({"model.decoder": "teacher"}, "there is no teacher"),
+        ({"model.preset": "d4"}, "unknown model preset 'd4'"),
+        ({"weighting.name": "gradnorm"}, "unknown weighting 'gradnorm'"),
+        ({"schedule.schedule": "linear"}, "unknown schedule 'linear'"),
+    ],
+)
+def test_wrong_settings_are_named(change, message, pairs, tmp_path):
+    config = teacher_config(pairs)
+    config.update_from_flattened_dict(change)
+    with pytest.raises(ValueError, match=message):
+        train.run(config, tmp_path)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_names_it():
+    with pytest.raises(train.TrainingError, match=r"step 7.*loss/ssi.*checkpoint is of step 5"):
+        train.require_finite({"loss/ssi": float("nan"), "loss": 1.0}, 7, 5)
+    train.require_finite({"loss": 1.0}, 7, 5)
+
+
+def test_profile_of_some_steps_is_written(pairs, tmp_path):
+    config = teacher_config(pairs, steps=3)
+    config.train.profile = (2, 1)
+    train.run(config, tmp_path)
+    assert list((tmp_path / "profile").rglob("*.xplane.pb"))
+
+
+def test_checkpoint_restores_into_shardings(tmp_path):
+    state = {"a": jax.numpy.arange(4.0)}
+    with Checkpoints(tmp_path / "c") as checkpoints:
+        assert checkpoints.latest is None
+        checkpoints.save(3, state, {"next_index": 5})
+    with Checkpoints(tmp_path / "c") as checkpoints:
+        restored, position = checkpoints.restore(jax.eval_shape(lambda: state))
+    np.testing.assert_array_equal(restored["a"], state["a"])
+    assert position == {"next_index": 5}
