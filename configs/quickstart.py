@@ -14,12 +14,12 @@ from ml_collections import ConfigDict
 
 from configs import common
 
-HEIGHT, WIDTH = 96, 128
+HEIGHT, WIDTH = 64, 96
 
 
 def teacher(tiny: bool = False) -> ConfigDict:
     """The D^2epth teacher from scratch, also of configs/stage1.py:tiny and stage2.py:tiny."""
-    config = _training("pixel", steps=1000, learning_rate=2e-3, tiny=tiny)
+    config = _training("pixel", steps=650, learning_rate=1e-3, tiny=tiny)
     config.model.preset = "d2_nano"
     config.trainable = ("unet/", "encoder/", "decoder/")
     # No pretrained model says which sign and range depth has.
@@ -29,14 +29,13 @@ def teacher(tiny: bool = False) -> ConfigDict:
 
 
 def stage1(tiny: bool = False) -> ConfigDict:
-    config = _training("latent", steps=500, learning_rate=2e-3, tiny=tiny)
+    config = _training("latent", steps=400, learning_rate=1e-3, tiny=tiny)
     config.teacher.path = "{workdir}/teacher/model"
     config.model.preset = "d3_nano"
-    config.model.decoder = "teacher"
-    config.model.encoder = "own"
-    config.trainable = ("unet/", "encoder/")
+    config.model.encoder = config.model.decoder = "teacher"
+    config.trainable = ("unet/",)
     # A teacher from scratch never saw a depth map at its encoder's input: no `gt` term.
-    config.loss.beta = ConfigDict({"gt": 0.0, "out": 1.0, "feat": 0.1, "enc": 1.0})
+    config.loss.beta.gt = 0.0
     config.train.save_start = True
     return config
 
@@ -45,7 +44,7 @@ def stage2(tiny: bool = False) -> ConfigDict:
     config = _training("pixel", steps=300, learning_rate=5e-4, tiny=tiny)
     config.init = "{workdir}/stage1/model"
     config.trainable = ("unet/", "encoder/", "decoder/")
-    config.loss.beta.range = 0.1
+    config.loss.beta.range = 0.5
     return config
 
 

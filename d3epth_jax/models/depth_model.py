@@ -100,7 +100,10 @@ def init_params(model: DepthModel, seed: int) -> Params:
         return np.full(abstract.shape, value, np.float32)
 
     params = jax.tree_util.tree_map_with_path(initial, abstract_params(model))
-    # An untrained decoder gives the centre of its range [0,1], not an end, where depth is clipped.
+    # Inside the autoencoder pictures are in [0,1]: let mid-grey be 0 to an untrained encoder, and
+    # the centre of the range what an untrained decoder gives, not an end, where depth is clipped.
+    first = params["encoder"]["layers_0"]
+    first["bias"] -= 0.5 * first["kernel"].sum((0, 1, 2))
     last = max(params["decoder"], key=lambda name: int(name.removeprefix("layers_")))
     params["decoder"][last]["bias"] += 0.5
     return params

@@ -59,15 +59,20 @@ SINGLE_STEP = NoiseSchedule(
 )
 
 
-def _nano_unet(widths: tuple[int, ...], layers: int, mid: bool) -> UNetConfig:
+NANO_LATENT = 16  # channels: a space of our own, and 4 leave little of an 8x8 cell
+
+
+def _nano_unet(widths: tuple[int, ...], mid: bool) -> UNetConfig:
     """Plain blocks, and attention at the innermost level alone; RGB latent in, depth latent out."""
     plain = len(widths) - 1
     return UNetConfig(
+        in_channels=NANO_LATENT,
+        out_channels=NANO_LATENT,
         block_out_channels=widths,
         down_block_types=("DownBlock2D",) * plain + ("CrossAttnDownBlock2D",),
         up_block_types=("CrossAttnUpBlock2D",) + ("UpBlock2D",) * plain,
         mid_block_type="UNetMidBlock2DCrossAttn" if mid else None,
-        layers_per_block=layers,
+        layers_per_block=1,
         attention_head_dim=4,
         cross_attention_dim=32,
         use_linear_projection=True,
@@ -77,6 +82,7 @@ def _nano_unet(widths: tuple[int, ...], layers: int, mid: bool) -> UNetConfig:
 
 def _light_autoencoder(encoder_width: int, decoder_width: int) -> TinyAutoencoderConfig:
     return TinyAutoencoderConfig(
+        latent_channels=NANO_LATENT,
         encoder_block_out_channels=(encoder_width,) * 4,
         decoder_block_out_channels=(decoder_width,) * 4,
         num_encoder_blocks=(0, 1, 1, 1),
@@ -95,8 +101,8 @@ PRESETS = {
     "d3_light_base": (_sd2(bk_sdm(SD2_UNET, "base")), TAESD),
     "d3_light_small": (_sd2(bk_sdm(SD2_UNET, "small")), TAESD),
     "d3_fast": (_sd2(bk_sdm(SD2_UNET, "tiny")), TAESD),
-    "d2_nano": (_nano_unet((64, 128, 192), 1, mid=True), _light_autoencoder(24, 16)),
-    "d3_nano": (_nano_unet((32, 64, 96), 1, mid=False), _light_autoencoder(16, 16)),
+    "d2_nano": (_nano_unet((32, 64, 96), mid=True), _light_autoencoder(24, 16)),
+    "d3_nano": (_nano_unet((24, 48, 64), mid=False), _light_autoencoder(24, 16)),
 }
 
 
