@@ -5,23 +5,24 @@ from ml_collections import ConfigDict
 PROCEDURAL_TRAIN, PROCEDURAL_TEST = 1, 2  # seeds of the rendered scenes: no scene is in both
 
 
-def procedural(seed: int, length: int, height: int = 96, width: int = 128) -> ConfigDict:
-    """Rendered scenes (data/procedural): nothing to download."""
-    return ConfigDict(
-        {"name": "procedural", "seed": seed, "length": length, "height": height, "width": width}
-    )
+def procedural(seed: int, length: int, **size: int) -> ConfigDict:
+    """Rendered scenes (data/procedural), nothing to download; training gives them its own size."""
+    return ConfigDict({"name": "procedural", "seed": seed, "length": length, **size})
 
 
-def folder(path: str, split: str | None = None) -> ConfigDict:
+def folder(path: str, split: str = "") -> ConfigDict:
     """RGB-D pairs on disk (data/sources/folder.py says which layouts)."""
     return ConfigDict(
         {
             "name": "folder",
             "path": path,
-            "split": split,  # "train" | "validation" | None for all
+            "index": "",  # JSON or CSV; "" finds index.json, index.csv, or rgb/ beside depth/
+            "filename_list": "",  # a text file of names: only these pairs
+            "split": split,  # "train" | "validation" | "" for all
             "holdout_every": 5,  # every fifth pair is held out for validation
             "holdout_sources": (),  # or whole sources, by name
             "depth_scale": 1000.0,  # counts of a 16-bit PNG per metre, where no index says so
+            "min_valid": 16,  # fewer known pixels are an error
             "on_error": "raise",  # "skip" drops and logs bad pairs instead
         },
         convert_dict=False,
@@ -55,7 +56,8 @@ def training(stage: str) -> ConfigDict:
     config.cpu_devices = 2  # CPU cores shown to JAX as devices; no effect with an accelerator
     config.fsdp = 1  # devices that share one copy of the parameters
 
-    # The student: read from `init` (a model directory), else made from a preset.
+    # The student: read from `init` (a model directory) with all its settings but dtype and remat,
+    # else made from a preset.
     config.init = ""
     config.model = ConfigDict(
         {
@@ -77,12 +79,13 @@ def training(stage: str) -> ConfigDict:
             "height": 96,
             "width": 128,
             "batch_size": 32,
-            "flip": 0.5,  # probability of a horizontal flip; rendered scenes are fresh anyway
+            # Of pictures on disk; rendered scenes are always fresh.
+            "flip": 0.5,  # probability of a horizontal flip
             "crop": "random",  # | center
-            "num_workers": 0,  # processes that read pictures
+            "num_workers": 0,  # processes that read
         }
     )
-    config.eval = evaluation(procedural(PROCEDURAL_TEST, 64))
+    config.eval = evaluation(procedural(PROCEDURAL_TEST, 64, height=96, width=128))
     config.eval.every = 1000
 
     if stage == "pixel":
@@ -99,14 +102,15 @@ def training(stage: str) -> ConfigDict:
         }
         config.loss = ConfigDict({"beta": beta, "preset": "default", "options": options})
     else:
-        config.loss = ConfigDict({"beta": {"gt": 1.0, "out": 1.0, "feat": 0.1, "enc": 0.0}})
+        # `enc` counts where the student's own encoder trains, and only there.
+        config.loss = ConfigDict({"beta": {"gt": 1.0, "out": 1.0, "feat": 0.1, "enc": 1.0}})
     config.weighting = ConfigDict(
         {
             "name": "dwa",  # | static | uncertainty
             "dwa": {
                 "temperature": 2.0,
                 "window": 500,
-                "ratio_clip": (0.5, 2.0),
+                "ratio_clip": (0.5, 2.0),  # () for none, as Liu et al.
                 "normalize": True,
             },
         }

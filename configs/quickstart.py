@@ -41,7 +41,7 @@ def stage1(tiny: bool = False) -> ConfigDict:
 
 
 def stage2(tiny: bool = False) -> ConfigDict:
-    config = _training("pixel", steps=300, learning_rate=5e-4, tiny=tiny)
+    config = _training("pixel", steps=450, learning_rate=5e-4, tiny=tiny)
     config.init = "{workdir}/stage1/model"
     config.trainable = ("unet/", "encoder/", "decoder/")
     config.loss.beta.range = 0.5
@@ -52,12 +52,14 @@ def evaluation(tiny: bool = False) -> ConfigDict:
     config = ConfigDict()
     config.job = "eval"
     config.eval = common.evaluation(
-        common.procedural(common.PROCEDURAL_TEST, 16 if tiny else 256, HEIGHT, WIDTH)
+        common.procedural(common.PROCEDURAL_TEST, 16 if tiny else 256, height=HEIGHT, width=WIDTH)
     )
     config.baselines = ("constant", "ramp", "mean map")
     config.mean_map = ConfigDict(
         {
-            "source": common.procedural(common.PROCEDURAL_TRAIN, 1_000_000, HEIGHT, WIDTH),
+            "source": common.procedural(
+                common.PROCEDURAL_TRAIN, 1_000_000, height=HEIGHT, width=WIDTH
+            ),
             "num_images": 32 if tiny else 512,
             "height": HEIGHT,
             "width": WIDTH,
@@ -78,11 +80,12 @@ def evaluation(tiny: bool = False) -> ConfigDict:
 
 def _training(stage: str, *, steps: int, learning_rate: float, tiny: bool) -> ConfigDict:
     config = common.training(stage)
-    config.data.source = common.procedural(common.PROCEDURAL_TRAIN, 1_000_000, HEIGHT, WIDTH)
     config.data.height, config.data.width = HEIGHT, WIDTH
     config.data.batch_size = 16
     config.model.processing_resolution = max(HEIGHT, WIDTH)
-    config.eval.source = common.procedural(common.PROCEDURAL_TEST + 1, 64, HEIGHT, WIDTH)
+    config.eval.source = common.procedural(
+        common.PROCEDURAL_TEST + 1, 64, height=HEIGHT, width=WIDTH
+    )
     config.train.steps = 4 if tiny else steps
     config.eval.every = config.train.checkpoint_every = config.train.steps
     config.eval.num_images = 16 if tiny else 64

@@ -20,7 +20,8 @@ PAIRS = "../shared/rgbd"
 def on_pairs(config: ConfigDict) -> ConfigDict:
     """Trains and evaluates a nano student on RGB-D pairs, with the quickstart's teacher."""
     config.teacher.path = "runs/quickstart/teacher/model"
-    config.teacher.config = quickstart.teacher()
+    config.teacher.config = quickstart.teacher()  # trained first where it is absent
+    config.teacher.config.workdir = "runs/quickstart/teacher"
     config.data.source = common.folder(PAIRS, split="train")
     config.eval.source = common.folder(PAIRS, split="validation")
     config.eval.num_images = 0

@@ -31,8 +31,8 @@ class Predictor:
     Attributes:
       predict: pictures uint8 [N,H,W,3] to predictions [N,H,W,1], up to scale and shift.
       space: what grows in the prediction, METHOD 2: depth | disparity | sqrt_disparity.
-      shuffled: give it the next image's picture, while the depth stays: what remains of a score
-        then does not come from looking at the picture.
+      shuffled: give it another image's picture, half the set away, while the depth stays: what
+        remains of a score then does not come from looking at the picture.
     """
 
     predict: Callable[[np.ndarray], np.ndarray]
@@ -149,19 +149,27 @@ def evaluate(
     shown = (
         set(np.linspace(0, count - 1, num_pictures).round().astype(int)) if num_pictures else set()
     )
-    rows, cells = [], {}
+    rows, cells, known = [], {}, 0
     progress = Progress(title, count, unit="image")
     for indices in _batches_of_one_size(source, count, batch_size):
-        samples = [source[i] for i in indices]
-        images = np.stack([sample["image"] for sample in samples])
-        depth, mask = (np.stack([sample[key] for sample in samples]) for key in ("depth", "mask"))
+        samples = _samples(source, indices)
+        images, depth, mask = (
+            np.stack([s[key] for s in samples]) for key in ("image", "depth", "mask")
+        )
+        counted = mask & (depth > min_depth) & (depth < max_depth)
+        known += int(counted.any((1, 2, 3)).sum())
         for name, predictor in predictors.items():
             if predictor.shuffled:
+                others = [(i + max(1, count // 2)) % count for i in indices]
                 size = images.shape[1:3]
-                pictures = np.stack([_picture(source[(i + 1) % count], size) for i in indices])
+                pictures = np.stack([_picture(s, size) for s in _samples(source, others)])
             else:
                 pictures = images
             prediction = _padded(predictor.predict, pictures, batch_size)
+            finite = np.isfinite(prediction).all((1, 2, 3))
+            if not finite.all():
+                broken = [_name(source, i) for i, f in zip(indices, finite, strict=True) if not f]
+                raise ValueError(f"{name} predicts NaN or infinity on {', '.join(broken)}")
             scores, aligned = _padded(
                 functools.partial(_score, predictor.space, min_depth, max_depth),
                 (prediction, depth, mask),
@@ -171,7 +179,7 @@ def evaluate(
                 rows.append(
                     {
                         "predictor": name,
-                        "image": source.name(index) if hasattr(source, "name") else f"{index:06d}",
+                        "image": _name(source, index),
                         "group": source.group(index) if hasattr(source, "group") else "all",
                         **{key: float(value[j]) for key, value in scores.items()},
                     }
@@ -180,13 +188,13 @@ def evaluate(
                     cells.setdefault(index, {})[name] = np.asarray(aligned[j])
         for j, index in enumerate(indices):
             if index in cells:
-                known = mask[j] & (depth[j] > min_depth) & (depth[j] < max_depth)
-                cells[index] = gallery.row(images[j], depth[j], known, cells[index])
+                cells[index] = gallery.row(images[j], depth[j], counted[j], cells[index])
         progress.update(indices[-1] + 1)
     spaces = sorted({predictor.space for predictor in predictors.values()})
     return Results(
         protocol=(
-            f"{title}: {count} images; least squares in {' / '.join(spaces)} over valid pixels with"
+            f"{title}: {known} of {count} images have valid pixels;"
+            f" least squares in {' / '.join(spaces)} over valid pixels with"
             f" {min_depth:g} < d < {max_depth:g} m, clipped to that range; mean over images"
         ),
         rows=rows,
@@ -201,7 +209,8 @@ def _score(space: str, min_depth: float, max_depth: float, arrays) -> tuple[dict
         prediction, depth, mask, space=space, min_depth=min_depth, max_depth=max_depth
     )
     scores = metrics.compute(aligned, depth, mask, min_depth=min_depth, max_depth=max_depth)
-    scores["boundary_f1"] = metrics.boundary_f1(aligned, depth, mask)
+    counted = mask & (depth > min_depth) & (depth < max_depth)
+    scores["boundary_f1"] = metrics.boundary_f1(aligned, depth, counted)
     scores["negative_scale"] = (scale < 0).astype(np.float32)
     return scores, aligned
 
@@ -212,6 +221,18 @@ def _padded(function, arrays, batch_size: int):
     fill = batch_size - count
     full = jax.tree.map(lambda x: np.concatenate([x, np.repeat(x[-1:], fill, 0)]), arrays)
     return jax.tree.map(lambda x: np.asarray(x)[:count], function(full))
+
+
+def _name(source, index: int) -> str:
+    return source.name(index) if hasattr(source, "name") else f"{index:06d}"
+
+
+def _samples(source, indices: list[int]) -> list[dict]:
+    """Samples one by one, or at once where the source makes batches."""
+    if not hasattr(source, "batch"):
+        return [source[i] for i in indices]
+    batch = {name: np.asarray(value) for name, value in source.batch(indices).items()}
+    return [{name: value[j] for name, value in batch.items()} for j in range(len(indices))]
 
 
 def _picture(sample: dict, size: tuple[int, int]) -> np.ndarray:

@@ -44,8 +44,6 @@ def run_job(config: ConfigDict, workdir: pathlib.Path) -> None:
     if config.job not in jobs:
         raise ValueError(f"unknown job {config.job!r}: choose one of {sorted(jobs)}")
     log.info("%s: %s", config.job, workdir)
-    workdir.mkdir(parents=True, exist_ok=True)
-    (workdir / "config.json").write_text(config.to_json_best_effort(indent=2) + "\n")
     jobs[config.job](config, workdir)
 
 

@@ -113,7 +113,6 @@ def make_train_step(
             ema=jax.tree.map(lambda e, p: decay * e + (1 - decay) * p, state.ema, params),
             weighting=task_state,
         )
-        size = jax.tree.leaves(batch)[0].shape[0]
         metrics = {
             "loss": sum(coefficients[name] * means[name] for name in beta),
             "grad_norm": optax.global_norm(gradient),
@@ -121,8 +120,6 @@ def make_train_step(
             **{f"weight/{name}": w for name, w in task_weights.items()},
             **{name: mean for name, mean in means.items() if name not in beta},
         }
-        if tasks:
-            metrics["images_without_loss"] = size - jnp.minimum(counts[tasks[0]], size)
         return new_state, metrics
 
     return train_step

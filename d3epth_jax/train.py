@@ -7,18 +7,21 @@ parameters split off, optimiser and weighting initialised, newest checkpoint res
 import contextlib
 import dataclasses
 import functools
+import json
 import logging
 import math
 import pathlib
 
 import jax
+import numpy as np
+from flax.traverse_util import flatten_dict
 
 from d3epth_jax import data, losses, optim, sharding, steps, weighting
 from d3epth_jax.checkpoint import Checkpoints, abstract
 from d3epth_jax.data import loader
 from d3epth_jax.evaluate import model_predictor
 from d3epth_jax.evaluation import evaluate
-from d3epth_jax.metric_writer import MetricWriter
+from d3epth_jax.metric_writer import MetricWriter, read_metrics
 from d3epth_jax.models import presets
 from d3epth_jax.models.depth_model import DepthModel, count_params, init_params
 from d3epth_jax.pipeline import DepthPipeline
@@ -43,26 +46,33 @@ def run(config, workdir: pathlib.Path) -> pathlib.Path:
     """
     output = workdir / "model"
     total = config.train.steps
+    claim(workdir, config)
     with Checkpoints(workdir / "checkpoints", keep=config.train.keep_checkpoints) as checkpoints:
         if checkpoints.latest == total and output.is_dir():
             log.info("%s is already trained (%d steps)", output, total)
+            tell_scores(config.stage, workdir)
             return output
 
         mesh = sharding.make_mesh(config.fsdp)
-        batches = make_batches(config, mesh)
         validation = data.make_source(**config.eval.source)
+        batches = make_batches(config, mesh, validation)
 
         teacher, teacher_params = read_teacher(config)
         model, params = make_student(config, teacher, teacher_params)
-        loss_fn, tasks, beta = make_loss(config, model, teacher)
-        if "feat" in beta:
+        patterns = list(config.trainable)
+        if config.stage == "latent" and config.loss.beta.feat and teacher is not None:
             key = jax.random.fold_in(jax.random.key(config.seed), 1)
             size = (config.data.height, config.data.width)
-            params = {**params, "adapters": latent.init_adapters(model, teacher, key, *size)}
+            adapters = latent.init_adapters(model, teacher, key, *size)
+            params = {**params, "adapters": adapters}
+            patterns += ["adapters/"] if adapters else []
         log.info("student: %s", describe(model, params))
+        trainable, rest = split_trainable(params, tuple(patterns))
+        own_encoder = "encoder" in trainable or not _same(params, teacher_params, "encoder")
+        loss_fn, tasks, beta = make_loss(
+            config, model, teacher, own_encoder, "encoder" in trainable
+        )
 
-        patterns = (*config.trainable, *(["adapters/"] if params.get("adapters") else []))
-        trainable, rest = split_trainable(params, patterns)
         frozen = sharding.put_params({"rest": rest, "teacher": teacher_params}, mesh)
         schedule = optim.make_schedule(total_steps=total, **config.schedule)
         tx = optim.make_optimizer(schedule, **config.optim)
@@ -116,24 +126,46 @@ def run(config, workdir: pathlib.Path) -> pathlib.Path:
                     # Steps in flight on several CPU devices would compete for XLA's threads.
                     jax.block_until_ready(metrics)
                 progress.update(step, note=f"AbsRel {_last(scores)}")
-                if step % config.train.log_every == 0 or step == total:
+                save = step % config.train.checkpoint_every == 0 or step == total
+                if step % config.train.log_every == 0 or save:
                     values = {name: float(value) for name, value in metrics.items()}
                     values["learning_rate"] = float(schedule(step - 1))
                     writer.scalars(step, values)
                     require_finite(values, step, checkpoints.latest)
                 if step % config.eval.every == 0 or step == total:
                     validate(step)
-                if step % config.train.checkpoint_every == 0 or step == total:
+                if save:
                     checkpoints.save(step, state, batches.get_state())
             hub.save_model(output, model, current_model())
-    if 0 in scores:
-        log.info("%s: AbsRel before %.4f, after %.4f", config.stage, scores[0], scores[total])
+    tell_scores(config.stage, workdir)
     return output
 
 
-def make_batches(config, mesh):
+def claim(workdir: pathlib.Path, config) -> None:
+    """Writes the config to the workdir; ValueError if a run with other settings is there.
+
+    A finished or interrupted run is never mistaken for, or mixed with, another one.
+    """
+    workdir.mkdir(parents=True, exist_ok=True)
+    path = workdir / "config.json"
+    now = json.loads(config.to_json_best_effort())
+    if path.exists():
+        before, wanted = (flatten_dict(c, sep=".") for c in (json.loads(path.read_text()), now))
+        changed = [
+            f"{key}: {before.get(key)} -> {wanted.get(key)}"
+            for key in sorted(before.keys() | wanted.keys())
+            if before.get(key) != wanted.get(key)
+        ]
+        if changed:
+            raise ValueError(
+                f"{workdir} holds a run with other settings; choose another --workdir or delete it."
+                f" Changed: {'; '.join(changed)}"
+            )
+    path.write_text(json.dumps(now, indent=2) + "\n")
+
+
+def make_batches(config, mesh, validation):
     """The iterator over this process's part of the training batches."""
-    source = data.make_source(**config.data.source)
     process = {"process_index": jax.process_index(), "process_count": jax.process_count()}
     if config.data.batch_size % mesh.size:
         raise ValueError(
@@ -144,17 +176,21 @@ def make_batches(config, mesh):
             f"data.batch_size={config.data.batch_size} cannot be cut into train.accumulate="
             f"{config.train.accumulate} micro-batches on {mesh.size} devices"
         )
+    size = {"height": config.data.height, "width": config.data.width}
     if config.data.source.name == "procedural":
         return loader.ProceduralIterator(
-            source,
+            data.make_source(**config.data.source, **size),
             config.data.batch_size // jax.process_count(),
             place=functools.partial(sharding.put_batch, mesh=mesh),
             **process,
         )
+    source = data.make_source(**config.data.source)
+    if config.eval.source.get("path") == config.data.source.path:
+        require_apart(source, validation)
     return loader.make_loader(
         source,
         loader.standard_transforms(
-            (config.data.height, config.data.width), flip=config.data.flip, crop=config.data.crop
+            tuple(size.values()), flip=config.data.flip, crop=config.data.crop
         ),
         batch_size=config.data.batch_size // jax.process_count(),
         seed=config.seed,
@@ -164,11 +200,25 @@ def make_batches(config, mesh):
     )
 
 
+def require_apart(training, validation) -> None:
+    """Raises ValueError if samples of one folder are both trained and evaluated on."""
+    names = [{source.name(i) for i in range(len(source))} for source in (training, validation)]
+    if both := sorted(names[0] & names[1]):
+        raise ValueError(
+            f"{len(both)} pairs are both trained and evaluated on, {both[0]} the first: give"
+            " data.source and eval.source the splits train and validation, and one hold-out"
+        )
+
+
 def train_if_absent(path: str, config) -> None:
-    """Trains the model that is to be at `path`, where it is not there and a config says how."""
-    if config is not None and not pathlib.Path(path).is_dir():
+    """Trains the model that is to be at `path`, where it is not there and `config` makes it.
+
+    Any other absent path is left to fail by name: a typo must not start a training.
+    """
+    wanted = pathlib.Path(path)
+    if config is not None and not wanted.is_dir() and wanted.parent == pathlib.Path(config.workdir):
         log.info("no model at %s: training it first", path)
-        run(config, pathlib.Path(path).parent)
+        run(config, wanted.parent)
 
 
 def read_teacher(config) -> tuple[DepthModel | None, Params]:
@@ -187,8 +237,15 @@ def make_student(
     """The model to train: read from `config.init`, or random with parts of the teacher."""
     computing = {"dtype": config.model.dtype, "remat": config.model.remat}
     if config.init:
-        train_if_absent(config.init, config.get("init_config"))
+        first = config.get("init_config")
+        if first is not None:
+            # On the same pairs and with the same teacher as this run.
+            first.update(data=config.data, eval=config.eval, teacher=config.teacher)
+        train_if_absent(config.init, first)
         return hub.load_model(config.init, **computing)
+    for part in ("encoder", "decoder"):
+        if config.model[part] not in ("own", "teacher"):
+            raise ValueError(f"model.{part} is {config.model[part]!r}: choose own or teacher")
     unet, autoencoder = presets.get(config.model.preset)
     parts = [part for part in ("encoder", "decoder") if config.model[part] == "teacher"]
     if parts and teacher is None:
@@ -210,12 +267,23 @@ def make_student(
     return model, {**params, **{part: teacher_params[part] for part in parts}}
 
 
-def make_loss(config, model: DepthModel, teacher: DepthModel | None):
-    """The stage's (loss function, dynamically weighted tasks, beta); a beta of 0 drops its term."""
+def make_loss(
+    config, model: DepthModel, teacher: DepthModel | None, own_encoder: bool, encoder_trains: bool
+):
+    """The stage's (loss function, dynamically weighted tasks, beta); a beta of 0 drops its term.
+
+    own_encoder: the student's encoder is, or will become, another than the teacher's.
+    """
     beta = {name: value for name, value in config.loss.beta.items() if value}
+    if not encoder_trains:
+        beta.pop("enc", None)
     terms = tuple(beta)
     if config.stage == "pixel":
-        options = losses.PRESETS[config.loss.preset] | dict(config.loss.options)
+        preset = config.loss.preset
+        if preset not in losses.PRESETS:
+            choices = sorted(losses.PRESETS)
+            raise ValueError(f"unknown loss.preset {preset!r}: choose one of {choices}")
+        options = losses.PRESETS[preset] | dict(config.loss.options)
         return (
             pixel.make_loss(model, teacher, terms=terms, **options),
             tuple(task for task in pixel.TASKS if task in beta),
@@ -225,16 +293,27 @@ def make_loss(config, model: DepthModel, teacher: DepthModel | None):
         raise ValueError(f"unknown stage {config.stage!r}: choose pixel or latent")
     if teacher is None:
         raise ValueError("the latent stage distils a teacher: set teacher.path")
-    share = not any(pattern.startswith("encoder") for pattern in config.trainable)
-    share = share and not config.init and config.model.encoder == "teacher"
-    return latent.make_loss(model, teacher, terms=terms, share_encoder=share), (), beta
+    loss_fn = latent.make_loss(model, teacher, terms=terms, share_encoder=not own_encoder)
+    return loss_fn, (), beta
+
+
+def _same(params: Params, teacher_params: Params, part: str) -> bool:
+    """Whether a part of the student is the teacher's, array by array."""
+    mine, its = (jax.tree.leaves_with_path(p.get(part, {})) for p in (params, teacher_params))
+    return [path for path, _ in mine] == [path for path, _ in its] and all(
+        a.shape == b.shape and np.array_equal(a, b)
+        for (_, a), (_, b) in zip(mine, its, strict=True)
+    )
 
 
 def make_weighting(config, num_tasks: int) -> weighting.Weighting:
     if num_tasks == 0:
         return weighting.static(0)  # stage 1 has fixed coefficients only
+    dwa = config.weighting.dwa
     choices = {
-        "dwa": lambda: weighting.dwa(num_tasks, **config.weighting.dwa),
+        "dwa": lambda: weighting.dwa(
+            num_tasks, **dict(dwa, ratio_clip=tuple(dwa.ratio_clip) or None)
+        ),
         "static": lambda: weighting.static(num_tasks),
         "uncertainty": lambda: weighting.uncertainty(num_tasks),
     }
@@ -262,8 +341,17 @@ def score(config, model, params, source, mesh, writer: MetricWriter, step: int) 
     writer.scalars(step, {key: results.mean(config.stage, key) for key in names}, prefix="eval")
     if results.pictures is not None:
         writer.picture(step, "predictions", results.pictures)
-    log.info("step %d: AbsRel %.4f", step, results.mean(config.stage))
+    sources = ""
+    if len(results.groups) > 1:
+        sources = f", mean of sources {results.mean_over_groups(config.stage):.4f}"
+    log.info("step %d: AbsRel %.4f%s", step, results.mean(config.stage), sources)
     return results.mean(config.stage)
+
+
+def tell_scores(stage: str, workdir: pathlib.Path) -> None:
+    rows = [row for row in read_metrics(workdir / "metrics.jsonl") if "eval/abs_rel" in row]
+    first, last = rows[0]["eval/abs_rel"], rows[-1]["eval/abs_rel"]
+    log.info("%s %s: AbsRel before %.4f, after %.4f", stage, workdir.name, first, last)
 
 
 def require_finite(values: dict[str, float], step: int, checkpoint: int | None) -> None:

@@ -18,15 +18,14 @@ LAYERS = [
     "models",
     "weights data optim sharding train_state checkpoint metric_writer",
     "inference stages steps",
-    "train evaluate evaluation pipeline predictors gallery progress baselines"
-    " cache export aot bench",
-    "main cli demo",
+    "train evaluate evaluation pipeline gallery progress baselines",
+    "main",
 ]
 
 # Library -> the only modules that may import it; () means none.
 ROOMS = {
     "flax.linen": ("models",),
-    "ml_collections": ("main", "train", "evaluate", "cache"),
+    "ml_collections": ("main", "train", "evaluate"),
     "grain": ("data", "checkpoint"),
     "orbax": ("checkpoint",),
     "torch": (),

@@ -8,7 +8,8 @@ import pytest
 from configs import common, quickstart
 from configs import eval as eval_config
 from d3epth_jax import evaluate, main
-from tests.conftest import write_pairs
+from d3epth_jax.models import presets
+from tests.conftest import small_model, small_unet, write_pairs
 
 ROOT = main.pathlib.Path(__file__).parents[1]
 
@@ -51,6 +52,33 @@ def test_workdir_is_filled_in_everywhere(tmp_path):
     assert config.stage1.teacher.path == f"{tmp_path}/teacher/model"
     assert config.evaluation.models["student at start"] == f"{tmp_path}/stage1/model_start"
     assert "{workdir}" in quickstart.get_config("tiny").stage1.teacher.path  # a copy
+
+
+def test_quickstart_runs_from_nothing_to_the_table(tmp_path, monkeypatch, capsys):
+    """The README's first command with fewer steps and smaller models."""
+    for name, widths in (("d2_nano", (8, 16)), ("d3_nano", (4, 8))):
+        model = small_model(small_unet(widths))
+        monkeypatch.setitem(presets.PRESETS, name, (model.unet, model.autoencoder))
+    monkeypatch.setattr(quickstart, "HEIGHT", 24)
+    monkeypatch.setattr(quickstart, "WIDTH", 32)
+    config = quickstart.get_config("tiny")
+    for job in config.jobs:
+        main.run_job(main.fill_in(config[job], tmp_path), tmp_path / job)
+    table = capsys.readouterr().out
+    rows = [line.split("|")[1].strip() for line in table.splitlines() if line.startswith("|")]
+    assert rows[2:] == [
+        "constant",
+        "ramp",
+        "mean map",
+        "teacher",
+        "student at start",
+        "student after stage 1",
+        "student after stage 2",
+        "student after stage 2, pictures shuffled",
+    ]
+    assert (tmp_path / "evaluation/evaluation.png").is_file()
+    assert list((tmp_path / "stage1/pictures").glob("predictions_*.png"))
+    assert list((tmp_path / "stage1/tensorboard").glob("events*"))
 
 
 def test_eval_job_writes_table_scores_and_gallery(tmp_path, capsys):

@@ -65,7 +65,7 @@ def test_batch_loss_is_the_mean_over_images_with_a_loss():
     _, expected = step(state, frozen, kept)
     for name in ("loss", "loss/ssi", "loss/edge"):
         np.testing.assert_allclose(metrics[name], expected[name], rtol=1e-5)
-    assert metrics["images_without_loss"] == 1
+    assert metrics["without_loss"] == 0.25
 
 
 @pytest.mark.parametrize("options", [losses.PRESETS["default"], losses.PRESETS["e2e_compat"]])
@@ -85,7 +85,9 @@ def test_accumulated_step_equals_the_whole_batch(options):
     ):
         np.testing.assert_allclose(one, two, atol=2e-6, err_msg=path)
     for name in results[0][1]:
-        np.testing.assert_allclose(results[0][1][name], results[1][1][name], rtol=1e-4)
+        np.testing.assert_allclose(
+            results[0][1][name], results[1][1][name], rtol=1e-4, err_msg=name
+        )
 
 
 def test_accumulation_keeps_losses_with_other_denominators_apart():
@@ -146,7 +148,7 @@ def test_frozen_parameters_have_no_gradient_and_stay_bit_identical():
     assert_trees_equal(frozen["rest"], before["rest"])
 
 
-def test_gradient_through_the_frozen_decoder_equals_finite_differences():
+def test_gradient_through_the_frozen_decoder_equals_finite_differences(monkeypatch):
     model = STUDENT
     params, rest = split_trainable(init_params(model, 3), ("unet/conv_out/",))
     batch = {name: jnp.asarray(value) for name, value in scenes(2, 24, 32).items()}
@@ -157,25 +159,20 @@ def test_gradient_through_the_frozen_decoder_equals_finite_differences():
         values, weights, _ = loss_fn(merge({"unet": {"conv_out": conv}}, rest), {}, batch)
         return losses.batch_mean(values["ssi"], weights["ssi"])
 
-    with jax.enable_x64(True):
-        # float64 throughout the networks; the loss itself computes in float32 by contract.
-        kernel = params["unet"]["conv_out"]["kernel"]
-        gradient = jax.grad(loss)(kernel)
-        assert jax.tree.leaves(gradient)[0].shape == kernel.shape
-        direction = np.sign(np.asarray(gradient))
-        slope = float(jnp.sum(gradient * direction))
-        h = 2e-4
-        numeric = (loss(kernel + h * direction) - loss(kernel - h * direction)) / (2 * h)
-    assert slope > 0
-    np.testing.assert_allclose(numeric, slope, rtol=2e-2)
+    kernel = params["unet"]["conv_out"]["kernel"]
+    gradient = np.asarray(jax.grad(loss)(kernel))
+    # Along the gradient's sign the slope is the sum of its magnitudes, far above float32 noise.
+    direction = np.sign(gradient)
+    h = 2e-4
+    numeric = (loss(kernel + h * direction) - loss(kernel - h * direction)) / (2 * h)
+    assert numeric > 0
+    np.testing.assert_allclose(np.abs(gradient).sum(), numeric, rtol=2e-2)
 
-
-def test_cutting_the_gradient_at_the_decoder_would_be_noticed():
-    """The finite-difference check above is not blind: without the decoder's path it is zero."""
-    params = init_params(STUDENT, 3)
-    z = jax.random.normal(jax.random.key(0), (1, 3, 4, 4))
-    through = jax.grad(lambda z: inference.decode_depth(STUDENT, params, z).sum())(z)
-    assert jnp.abs(through).max() > 0
+    # The check is not blind: with the gradient cut at the decoder it would fail.
+    decode = inference.decode_depth
+    cut = lambda model, params, z: decode(model, params, jax.lax.stop_gradient(z))  # noqa: E731
+    monkeypatch.setattr(inference, "decode_depth", cut)
+    assert np.abs(np.asarray(jax.grad(loss)(kernel))).sum() < numeric / 100
 
 
 def test_one_batch_can_be_overfitted_in_latent_space():
@@ -253,6 +250,18 @@ def test_inverted_prediction_is_counted():
     np.testing.assert_array_equal(
         upright[2]["negative_scale"] + inverted[2]["negative_scale"], np.ones(3)
     )
+
+
+def test_upright_tasks_leave_inverted_images_to_the_range_term():
+    batch = {name: jnp.asarray(value) for name, value in scenes(6).items()}
+    params = init_params(STUDENT, 0)
+    loss_fn = pixel.make_loss(STUDENT, terms=("ssi", "range"), upright=True)
+    _, weights, metrics = loss_fn(params, {}, batch)
+    inverted = np.asarray(metrics["negative_scale"]) > 0
+    assert inverted.any() and not inverted.all()
+    np.testing.assert_array_equal(weights["ssi"], ~inverted)
+    np.testing.assert_array_equal(weights["range"], np.ones(6))
+    np.testing.assert_array_equal(weights["negative_scale"], np.ones(6))
 
 
 def test_loss_terms_have_clear_errors():

@@ -37,7 +37,7 @@ def on_pairs(config: ConfigDict, pairs, steps: int = 6) -> ConfigDict:
     config.eval.update(num_images=0, num_pictures=1, batch_size=2, every=steps)
     config.model.processing_resolution = 48
     config.train.update(steps=steps, log_every=1, checkpoint_every=2)
-    config.weighting.dwa.window = 2
+    config.weighting.dwa.window = 3  # a checkpoint every 2 steps falls inside windows
     return config
 
 
@@ -49,8 +49,12 @@ def weights(directory) -> dict[str, bytes]:
     return {str(p.relative_to(directory)): p.read_bytes() for p in directory.rglob("*.safetensors")}
 
 
-def test_interrupted_run_resumes_bit_for_bit(pairs, tmp_path, monkeypatch):
+@pytest.mark.parametrize("source", ["folder", "procedural"])
+def test_interrupted_run_resumes_bit_for_bit(source, pairs, tmp_path, monkeypatch):
     config = teacher_config(pairs)
+    if source == "procedural":
+        config.data.source = common.procedural(common.PROCEDURAL_TRAIN, 1000)
+        config.data.height, config.data.width = 16, 24
     train.run(config, tmp_path / "whole")
 
     def interrupted(self, step, values, **kwargs):
@@ -59,13 +63,10 @@ def test_interrupted_run_resumes_bit_for_bit(pairs, tmp_path, monkeypatch):
         scalars(self, step, values, **kwargs)
 
     scalars = MetricWriter.scalars
-    monkeypatch.setattr(MetricWriter, "scalars", interrupted)
-    with pytest.raises(KeyboardInterrupt):
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(MetricWriter, "scalars", interrupted)
         train.run(config, tmp_path / "parts")
-    monkeypatch.undo()
     assert not (tmp_path / "parts/model").exists()
-    for name, model in (("d2_nano", small_model(small_unet((8, 16)))),):
-        monkeypatch.setitem(presets.PRESETS, name, (model.unet, model.autoencoder))
     train.run(config, tmp_path / "parts")
 
     assert weights(tmp_path / "parts/model") == weights(tmp_path / "whole/model")
@@ -99,13 +100,40 @@ def test_finished_run_is_not_trained_again(pairs, tmp_path, monkeypatch):
     assert weights(output) == before
 
 
-def test_another_models_checkpoint_is_refused(pairs, tmp_path, monkeypatch):
+def test_a_workdir_of_other_settings_is_refused(pairs, tmp_path):
     train.run(teacher_config(pairs, steps=2), tmp_path)
-    config = teacher_config(pairs, steps=4)
+    before = (tmp_path / "config.json").read_text()
+    config = teacher_config(pairs, steps=2)
+    config.schedule.learning_rate = 7e-4
+    config.seed = 3
+    with pytest.raises(ValueError, match=r"learning_rate: 0.001 -> 0.0007; seed: 0 -> 3"):
+        train.run(config, tmp_path)
+    assert (tmp_path / "config.json").read_text() == before
+
+
+def test_another_models_checkpoint_is_refused(pairs, tmp_path, monkeypatch):
+    config = teacher_config(pairs, steps=2)
+    output = train.run(config, tmp_path)
+    output.rename(tmp_path / "elsewhere")  # as if the run had not finished
     wider = small_model(small_unet((8, 24)))
     monkeypatch.setitem(presets.PRESETS, "d2_nano", (wider.unet, wider.autoencoder))
     with pytest.raises(ValueError, match="does not fit this run's model"):
         train.run(config, tmp_path)
+
+
+def test_training_on_the_pairs_of_the_evaluation_is_refused(pairs, tmp_path):
+    config = teacher_config(pairs)
+    config.eval.source.holdout_every = 2
+    with pytest.raises(ValueError, match="pairs are both trained and evaluated on"):
+        train.run(config, tmp_path)
+
+
+def test_a_typo_in_the_teachers_path_starts_no_training(pairs, tmp_path):
+    config = on_pairs(stage1.get_config("tiny"), pairs)
+    config.teacher.path = str(tmp_path / "teechar/model")
+    with pytest.raises(FileNotFoundError, match="teechar/model is not a model directory"):
+        train.run(config, tmp_path / "student")
+    assert not (tmp_path / "teechar").exists()
 
 
 @pytest.mark.parametrize("stage", [stage1, stage2])
@@ -115,10 +143,12 @@ def test_tiny_stages_train_what_is_absent_first_and_tell_before_and_after(
     config = on_pairs(stage.get_config("tiny"), pairs)
     config.teacher.path = str(tmp_path / "teacher/model")
     config.teacher.config = teacher_config(pairs, steps=2)
+    config.teacher.config.workdir = str(tmp_path / "teacher")
     if stage is stage2:
         config.init = str(tmp_path / "stage1/model")
         config.init_config = on_pairs(config.init_config, pairs, steps=2)
-        config.init_config.teacher = config.teacher
+        config.init_config.workdir = str(tmp_path / "stage1")
+        config.init_config.data.source.path = "nowhere"  # replaced by this run's
     with caplog.at_level("INFO", logger="d3epth_jax"):
         output = train.run(config, tmp_path / "student")
     assert (tmp_path / "teacher/model/unet").is_dir()
@@ -133,9 +163,6 @@ def test_frozen_parts_and_teacher_are_bit_identical_after_training(pairs, tmp_pa
     before = weights(teacher)
     config = on_pairs(quickstart.stage1(tiny=True), pairs, steps=3)
     config.teacher.path = str(teacher)
-    config.model.encoder = "teacher"
-    config.trainable = ("unet/",)
-    config.loss.beta.enc = 0.0
     student = train.run(config, tmp_path / "student")
     assert weights(teacher) == before
     assert weights(student)["vae/" + hub.WEIGHTS] == before["vae/" + hub.WEIGHTS]
@@ -166,6 +193,8 @@ def test_every_broken_pair_is_reported_before_training(tmp_path):
         ({"model.preset": "d4"}, "unknown model preset 'd4'"),
         ({"weighting.name": "gradnorm"}, "unknown weighting 'gradnorm'"),
         ({"schedule.schedule": "linear"}, "unknown schedule 'linear'"),
+        ({"loss.preset": "e2e"}, "unknown loss.preset 'e2e'"),
+        ({"model.encoder": "techer"}, "model.encoder is 'techer'"),
     ],
 )
 def test_wrong_settings_are_named(change, message, pairs, tmp_path):

@@ -95,7 +95,10 @@ def make_loss(
             if "teacher" in terms:
                 teacher_depth = inference.decode_depth(teacher, of_teacher, teacher_latent)
                 everything["teacher"] = jnp.mean(jnp.abs(depth - teacher_depth), (1, 2, 3))
-        metrics = {"negative_scale": hybrid["negative_scale"].astype(jnp.float32)}
+        metrics = {
+            "negative_scale": hybrid["negative_scale"].astype(jnp.float32),
+            "without_loss": 1 - counted.astype(jnp.float32),
+        }
         weights["negative_scale"] = hybrid["valid"].astype(jnp.float32)
         return everything, dict.fromkeys(everything, of_others) | weights, metrics
 

@@ -8,6 +8,7 @@ empty_prompt.safetensors                                   embedding of the empt
 """
 
 import json
+import logging
 import os
 import pathlib
 import shutil
@@ -20,6 +21,8 @@ from d3epth_jax.models.depth_model import DepthModel, abstract_params
 from d3epth_jax.schedule import NoiseSchedule
 from d3epth_jax.typing import Params
 from d3epth_jax.weights import convert
+
+log = logging.getLogger(__name__)
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 _FILES = (
@@ -84,12 +87,28 @@ def load_model(
         raise ValueError(
             f"{directory}/vae is a {vae.get('_class_name')}: so far only AutoencoderTiny is read"
         )
+    steps = index.get("default_denoising_steps") or 1
+    if steps != 1:
+        raise ValueError(
+            f"{directory}/model_index.json asks for {steps} denoising steps: so far only models of"
+            " one step are run"
+        )
+    schedule = NoiseSchedule.from_dict(
+        json.loads((directory / "scheduler/scheduler_config.json").read_text())
+    )
+    timestep = int(schedule.timesteps(1)[0])
+    if timestep != schedule.num_train_timesteps - 1:
+        log.warning(
+            "%s: its scheduler's one step is at t = %d, not the last (timestep_spacing %s)",
+            directory,
+            timestep,
+            schedule.timestep_spacing,
+        )
     model = DepthModel(
         unet=UNetConfig.from_dict(json.loads((directory / "unet/config.json").read_text())),
         autoencoder=TinyAutoencoderConfig.from_dict(vae),
-        schedule=NoiseSchedule.from_dict(
-            json.loads((directory / "scheduler/scheduler_config.json").read_text())
-        ),
+        schedule=schedule,
+        timestep=timestep,
         prediction_type=index.get("prediction_type", "depth"),
         processing_resolution=index.get("default_processing_resolution") or 0,
         dtype=dtype,

@@ -243,7 +243,7 @@ def _split(
 ) -> list[Pair]:
     """Train or validation part; whole sources are held out if any is named, else every n-th."""
     if split not in ("train", "validation"):
-        raise ValueError(f"split must be 'train', 'validation' or None, got {split!r}")
+        raise ValueError(f"split must be 'train', 'validation' or '' for all, got {split!r}")
     groups = sorted({pair.group for pair in pairs})
     if unknown := sorted(set(holdout_sources) - set(groups)):
         raise ValueError(f"holdout_sources names {unknown}; the sources are {groups}")
@@ -267,7 +267,7 @@ class FolderSource:
       index: JSON or CSV file, absolute or relative to `path`; paths in it are relative to its own
         folder. Default: index.json or index.csv in `path` if there is one, else rgb/ + depth/.
       depth_scale: counts per metre of depth PNGs whose index entry gives none.
-      split: "train", "validation", or None for all. Every `holdout_every`-th pair is held out, in
+      split: "train", "validation", or "" for all. Every `holdout_every`-th pair is held out, in
         index order. Consecutive frames of a video are near-duplicates, so such a hold-out
         measures memory more than depth: there, hold out whole sources by `holdout_sources`.
       filename_list: text file of names as `.name(i)` gives them, one a line: only these.
@@ -282,12 +282,12 @@ class FolderSource:
         self,
         path,
         *,
-        index=None,
+        index: str = "",
         depth_scale: float | None = None,
-        split: str | None = None,
+        split: str = "",
         holdout_every: int = 5,
         holdout_sources: Sequence[str] = (),
-        filename_list=None,
+        filename_list: str = "",
         min_valid: int = 16,
         on_error: str = "raise",
     ):
@@ -298,12 +298,10 @@ class FolderSource:
         root = Path(path)
         if not root.is_dir():
             raise FolderError(root, ["no such folder"])
-        if index is None:
-            index = next((n for n in ("index.json", "index.csv") if (root / n).is_file()), None)
+        if not index:
+            index = next((n for n in ("index.json", "index.csv") if (root / n).is_file()), "")
         pairs, problems = (
-            _find_pairs(root, depth_scale)
-            if index is None
-            else _read_index(root / index, depth_scale)
+            _find_pairs(root, depth_scale) if not index else _read_index(root / index, depth_scale)
         )
         pairs, repeated = _unique(pairs)
         problems += repeated
@@ -311,11 +309,11 @@ class FolderSource:
             problems.append(
                 "no pairs: neither an index nor folders rgb/ and depth/ beside each other"
             )
-        if filename_list is not None:
+        if filename_list:
             pairs, unknown = _choose(pairs, filename_list)
             problems += unknown
         # Before the files are looked at, so that a damaged one moves no other across the split.
-        if split is not None and pairs:
+        if split and pairs:
             pairs = _split(pairs, split, holdout_every, holdout_sources)
             if not pairs:
                 problems.append(f"split {split!r} is empty")
