@@ -87,7 +87,8 @@ def _training(stage: str, *, steps: int, learning_rate: float, tiny: bool) -> Co
         common.PROCEDURAL_TEST + 1, 64, height=HEIGHT, width=WIDTH
     )
     config.train.steps = 4 if tiny else steps
-    config.eval.every = config.train.checkpoint_every = config.train.steps
+    config.eval.every = config.train.steps
+    config.train.checkpoint_every = 200
     config.eval.num_images = 16 if tiny else 64
     config.train.log_every = 2 if tiny else 50
     config.train.max_ema_decay = 0.99  # a run of minutes cannot average over 10,000 steps

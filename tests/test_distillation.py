@@ -10,9 +10,8 @@ HEIGHT, WIDTH = 48, 64
 
 
 def small(config, steps: int):
-    config.data.source = common.procedural(common.PROCEDURAL_TRAIN, 1_000_000, HEIGHT, WIDTH)
     config.data.height, config.data.width = HEIGHT, WIDTH
-    config.eval.source = common.procedural(common.PROCEDURAL_TEST, 128, HEIGHT, WIDTH)
+    config.eval.source = common.procedural(common.PROCEDURAL_TEST, 128, height=HEIGHT, width=WIDTH)
     config.eval.update(num_images=0, num_pictures=0, every=steps)
     config.train.update(steps=steps, checkpoint_every=steps)
     return config
