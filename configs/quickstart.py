@@ -41,7 +41,7 @@ def stage1(tiny: bool = False) -> ConfigDict:
 
 
 def stage2(tiny: bool = False) -> ConfigDict:
-    config = _training("pixel", steps=450, learning_rate=5e-4, tiny=tiny)
+    config = _training("pixel", steps=300, learning_rate=5e-4, tiny=tiny)
     config.init = "{workdir}/stage1/model"
     config.trainable = ("unet/", "encoder/", "decoder/")
     config.loss.beta.range = 0.5

@@ -43,8 +43,10 @@ def test_random_parameters_have_the_modules_shapes():
 
 def test_untrained_model_is_near_the_centre_of_its_range():
     model = small_model()
+    params = init_params(model, 0)
+    np.testing.assert_array_equal(params["decoder"]["layers_9"]["bias"], 0.5)
     image = inference.to_float(scenes(2)["image"])
-    depth = np.asarray(inference.predict_depth(model, init_params(model, 0), image))
+    depth = np.asarray(inference.predict_depth(model, params, image))
     assert depth.shape == (2, 32, 48, 1)
     assert 0.2 < depth.mean() < 0.8
     assert ((depth > 0) & (depth < 1)).mean() > 0.9
