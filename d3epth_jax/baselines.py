@@ -1,8 +1,11 @@
 """Predictors that need no model: what any depth model has to beat."""
 
+import itertools
+
 import numpy as np
 
 from d3epth_jax import image as image_lib
+from d3epth_jax.data import read_samples
 
 
 def constant(images: np.ndarray) -> np.ndarray:
@@ -24,7 +27,9 @@ class MeanMap:
         """Averages (d - q2)/(q98 - q2) over the valid pixels of the first `num_images` samples."""
         total = np.zeros((height, width, 1))
         count = np.zeros((height, width, 1))
-        for sample in _first(source, min(num_images, len(source))):
+        wanted = range(min(num_images, len(source)))
+        parts = (read_samples(source, wanted[i : i + 16]) for i in wanted[::16])
+        for sample in itertools.chain.from_iterable(parts):
             depth, mask = sample["depth"], sample["mask"]
             if mask.sum() < 2:
                 continue
@@ -45,14 +50,3 @@ class MeanMap:
     def __call__(self, images: np.ndarray) -> np.ndarray:
         resized = image_lib.resize(self.map, images.shape[1:3], antialias=True)
         return np.repeat(resized[None], len(images), 0)
-
-
-def _first(source, count: int):
-    """The first samples, rendered 64 at a time where the source makes batches."""
-    if not hasattr(source, "batch"):
-        yield from (source[i] for i in range(count))
-        return
-    for begin in range(0, count, 64):
-        batch = source.batch(np.arange(begin, min(begin + 64, count)))
-        batch = {name: np.asarray(value) for name, value in batch.items()}
-        yield from ({k: v[i] for k, v in batch.items()} for i in range(len(batch["depth"])))

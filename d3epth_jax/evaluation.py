@@ -12,6 +12,7 @@ import numpy as np
 
 from d3epth_jax import gallery, metrics
 from d3epth_jax import image as image_lib
+from d3epth_jax.data import read_samples
 from d3epth_jax.progress import Progress
 
 COLUMNS = {  # metric key: (title, better is, digits)
@@ -152,7 +153,7 @@ def evaluate(
     rows, cells, known = [], {}, 0
     progress = Progress(title, count, unit="image")
     for indices in _batches_of_one_size(source, count, batch_size):
-        samples = _samples(source, indices)
+        samples = read_samples(source, indices)
         images, depth, mask = (
             np.stack([s[key] for s in samples]) for key in ("image", "depth", "mask")
         )
@@ -162,7 +163,7 @@ def evaluate(
             if predictor.shuffled:
                 others = [(i + max(1, count // 2)) % count for i in indices]
                 size = images.shape[1:3]
-                pictures = np.stack([_picture(s, size) for s in _samples(source, others)])
+                pictures = np.stack([_picture(s, size) for s in read_samples(source, others)])
             else:
                 pictures = images
             prediction = _padded(predictor.predict, pictures, batch_size)
@@ -172,7 +173,7 @@ def evaluate(
                 raise ValueError(f"{name} predicts NaN or infinity on {', '.join(broken)}")
             scores, aligned = _padded(
                 functools.partial(_score, predictor.space, min_depth, max_depth),
-                (prediction, depth, mask),
+                (prediction, depth, counted),
                 batch_size,
             )
             for j, index in enumerate(indices):
@@ -204,12 +205,11 @@ def evaluate(
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
 def _score(space: str, min_depth: float, max_depth: float, arrays) -> tuple[dict, jax.Array]:
-    prediction, depth, mask = arrays
+    prediction, depth, counted = arrays
     aligned, scale = metrics.align_to_metric(
-        prediction, depth, mask, space=space, min_depth=min_depth, max_depth=max_depth
+        prediction, depth, counted, space=space, min_depth=min_depth, max_depth=max_depth
     )
-    scores = metrics.compute(aligned, depth, mask, min_depth=min_depth, max_depth=max_depth)
-    counted = mask & (depth > min_depth) & (depth < max_depth)
+    scores = metrics.compute(aligned, depth, counted, min_depth=min_depth, max_depth=max_depth)
     scores["boundary_f1"] = metrics.boundary_f1(aligned, depth, counted)
     scores["negative_scale"] = (scale < 0).astype(np.float32)
     return scores, aligned
@@ -225,14 +225,6 @@ def _padded(function, arrays, batch_size: int):
 
 def _name(source, index: int) -> str:
     return source.name(index) if hasattr(source, "name") else f"{index:06d}"
-
-
-def _samples(source, indices: list[int]) -> list[dict]:
-    """Samples one by one, or at once where the source makes batches."""
-    if not hasattr(source, "batch"):
-        return [source[i] for i in indices]
-    batch = {name: np.asarray(value) for name, value in source.batch(indices).items()}
-    return [{name: value[j] for name, value in batch.items()} for j in range(len(indices))]
 
 
 def _picture(sample: dict, size: tuple[int, int]) -> np.ndarray:

@@ -19,6 +19,7 @@ from flax.traverse_util import flatten_dict
 from d3epth_jax import data, losses, optim, sharding, steps, weighting
 from d3epth_jax.checkpoint import Checkpoints, abstract
 from d3epth_jax.data import loader
+from d3epth_jax.data.sources.folder import FolderError
 from d3epth_jax.evaluate import model_predictor
 from d3epth_jax.evaluation import evaluate
 from d3epth_jax.metric_writer import MetricWriter, read_metrics
@@ -46,16 +47,16 @@ def run(config, workdir: pathlib.Path) -> pathlib.Path:
     """
     output = workdir / "model"
     total = config.train.steps
-    claim(workdir, config)
     with Checkpoints(workdir / "checkpoints", keep=config.train.keep_checkpoints) as checkpoints:
+        claim(workdir, config, in_use=checkpoints.latest is not None)
         if checkpoints.latest == total and output.is_dir():
             log.info("%s is already trained (%d steps)", output, total)
             tell_scores(config.stage, workdir)
             return output
 
         mesh = sharding.make_mesh(config.fsdp)
-        validation = data.make_source(**config.eval.source)
-        batches = make_batches(config, mesh, validation)
+        training, validation = make_sources(config)
+        batches = make_batches(config, mesh, training)
 
         teacher, teacher_params = read_teacher(config)
         model, params = make_student(config, teacher, teacher_params)
@@ -141,15 +142,15 @@ def run(config, workdir: pathlib.Path) -> pathlib.Path:
     return output
 
 
-def claim(workdir: pathlib.Path, config) -> None:
-    """Writes the config to the workdir; ValueError if a run with other settings is there.
+def claim(workdir: pathlib.Path, config, *, in_use: bool) -> None:
+    """Writes the config to the workdir; ValueError if it is in use by a run with other settings.
 
-    A finished or interrupted run is never mistaken for, or mixed with, another one.
+    A finished or interrupted run is never mistaken for, or mixed with, another one; one that died
+    before its first checkpoint, of a wrong setting perhaps, left nothing to mix.
     """
-    workdir.mkdir(parents=True, exist_ok=True)
     path = workdir / "config.json"
     now = json.loads(config.to_json_best_effort())
-    if path.exists():
+    if in_use and path.exists():
         before, wanted = (flatten_dict(c, sep=".") for c in (json.loads(path.read_text()), now))
         changed = [
             f"{key}: {before.get(key)} -> {wanted.get(key)}"
@@ -164,7 +165,28 @@ def claim(workdir: pathlib.Path, config) -> None:
     path.write_text(json.dumps(now, indent=2) + "\n")
 
 
-def make_batches(config, mesh, validation):
+def make_sources(config):
+    """The (training, validation) sources, every problem of both in one error; kept apart."""
+    training = dict(config.data.source)
+    if training["name"] == "procedural":
+        training |= {"height": config.data.height, "width": config.data.width}
+    sources, errors = [], []
+    for settings in (training, config.eval.source):
+        try:
+            sources.append(data.make_source(**settings))
+        except FolderError as error:
+            errors.append(error)
+    if errors:
+        roots = " and ".join(dict.fromkeys(str(error.root) for error in errors))
+        # Both splits of one folder meet some problems, such as a missing file.
+        problems = dict.fromkeys(problem for error in errors for problem in error.problems)
+        raise FolderError(roots, list(problems)) from errors[0]
+    if config.eval.source.get("path", "") == training.get("path"):
+        require_apart(*sources)
+    return sources
+
+
+def make_batches(config, mesh, source):
     """The iterator over this process's part of the training batches."""
     process = {"process_index": jax.process_index(), "process_count": jax.process_count()}
     if config.data.batch_size % mesh.size:
@@ -176,21 +198,17 @@ def make_batches(config, mesh, validation):
             f"data.batch_size={config.data.batch_size} cannot be cut into train.accumulate="
             f"{config.train.accumulate} micro-batches on {mesh.size} devices"
         )
-    size = {"height": config.data.height, "width": config.data.width}
     if config.data.source.name == "procedural":
         return loader.ProceduralIterator(
-            data.make_source(**config.data.source, **size),
+            source,
             config.data.batch_size // jax.process_count(),
             place=functools.partial(sharding.put_batch, mesh=mesh),
             **process,
         )
-    source = data.make_source(**config.data.source)
-    if config.eval.source.get("path") == config.data.source.path:
-        require_apart(source, validation)
     return loader.make_loader(
         source,
         loader.standard_transforms(
-            tuple(size.values()), flip=config.data.flip, crop=config.data.crop
+            (config.data.height, config.data.width), flip=config.data.flip, crop=config.data.crop
         ),
         batch_size=config.data.batch_size // jax.process_count(),
         seed=config.seed,

@@ -170,13 +170,16 @@ def test_frozen_parts_and_teacher_are_bit_identical_after_training(pairs, tmp_pa
 
 
 def test_every_broken_pair_is_reported_before_training(tmp_path):
-    root = write_pairs(tmp_path / "pairs", 5)
+    root = write_pairs(tmp_path / "pairs", 12)
     (root / "depth/001.png").unlink()
     (root / "rgb/003.png").write_bytes(b"no picture")
+    (root / "depth/005.png").write_bytes(b"no depth")
     config = teacher_config(root)
     with pytest.raises(FolderError) as error:
         train.run(config, tmp_path / "run")
-    assert "001" in str(error.value) and "003" in str(error.value)
+    # 001 belongs to no split, 003 to the training's and 005 to the evaluation's.
+    assert len(error.value.problems) == 3
+    assert all(f"{number}.png" in str(error.value) for number in ("001", "003", "005"))
     config.data.source.on_error = config.eval.source.on_error = "skip"
     config.train.steps = 2
     train.run(config, tmp_path / "run")

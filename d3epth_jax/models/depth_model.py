@@ -100,11 +100,11 @@ def init_params(model: DepthModel, seed: int) -> Params:
         return np.full(abstract.shape, value, np.float32)
 
     params = jax.tree_util.tree_map_with_path(initial, abstract_params(model))
+    # What the depth latent, always zero here, would do in diffusers, where it is random: nothing.
+    latent = model.autoencoder.latent_channels
+    params["unet"]["conv_in"]["kernel"][:, :, latent:] = 0
     # Inside the autoencoder pictures are in [0,1]: let mid-grey be 0 to an untrained encoder, and
     # the centre of the range what an untrained decoder gives, not an end, where depth is clipped.
-    latent = model.autoencoder.latent_channels
-    # What the depth latent, always zero here, would do in diffusers, where it is random: nothing.
-    params["unet"]["conv_in"]["kernel"][:, :, latent:] = 0
     first = params["encoder"]["layers_0"]
     first["bias"] -= 0.5 * first["kernel"].sum((0, 1, 2))
     last = max(params["decoder"], key=lambda name: int(name.removeprefix("layers_")))

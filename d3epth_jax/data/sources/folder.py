@@ -33,10 +33,10 @@ LISTED = 100  # problems printed; `FolderError.problems` has them all
 
 
 class FolderError(ValueError):
-    """Everything wrong with a folder of pairs, in one message; `.problems` lists it."""
+    """Everything wrong with a folder (`.root`) of pairs, in one message; `.problems` lists it."""
 
     def __init__(self, root, problems: Sequence[str]):
-        self.problems = list(problems)
+        self.root, self.problems = root, list(problems)
         listed = "".join(f"\n  {problem}" for problem in self.problems[:LISTED])
         hidden = len(self.problems) - LISTED
         more = f"\n  and {hidden} more (see .problems)" if hidden > 0 else ""
