@@ -43,7 +43,7 @@ def get_config(argument: str | None = None) -> ConfigDict:
     config.model.encoder = config.model.decoder = "teacher"
     config.data.source = common.folder("DIR", split="train")
     config.data.height, config.data.width = 480, 640
-    config.eval.update(common.evaluation(common.folder("DIR", split="validation")))
+    config.eval.source = common.folder("DIR", split="validation")
     config.model.dtype = "bfloat16"
     config.model.remat = True
     config.train.accumulate = 4

@@ -1,5 +1,7 @@
 """The command line: configs load, typos fail with the nearest name, jobs chain."""
 
+import importlib
+import inspect
 import subprocess
 import sys
 
@@ -7,7 +9,7 @@ import pytest
 
 from configs import common, quickstart
 from configs import eval as eval_config
-from d3epth_jax import evaluate, main
+from d3epth_jax import data, evaluate, main
 from d3epth_jax.models import presets
 from tests.conftest import small_model, small_unet, write_pairs
 
@@ -26,8 +28,20 @@ def test_every_config_has_a_default_and_a_tiny_form(name):
         config = module.get_config(word)
         assert config.workdir.startswith("runs/")
         assert config.cpu_devices >= 1
+        jobs = [config[job] for job in config.jobs] if "jobs" in config else [config]
+        for job in jobs:
+            assert_fits(job.eval.source)
+            if job.job == "train":
+                assert_fits(job.data.source)
     with pytest.raises(ValueError, match="unknown word 'tony'"):
         module.get_config("tony")
+
+
+def assert_fits(settings):
+    """The source takes these settings: none is left over from the default that they replace."""
+    module, function = data.SOURCES[settings.name]
+    make = getattr(importlib.import_module(module), function)
+    inspect.signature(make).bind_partial(**{k: v for k, v in settings.items() if k != "name"})
 
 
 def test_typo_in_a_config_key_names_the_nearest():
