@@ -56,13 +56,17 @@ def training(stage: str) -> ConfigDict:
     config.cpu_devices = 2  # CPU cores shown to JAX as devices; no effect with an accelerator
     config.fsdp = 1  # devices that share one copy of the parameters
 
-    # The student: read from `init` (a model directory) with all its settings but dtype and remat,
-    # else made from a preset.
+    # The student: read from `init` (a directory in diffusers' layout or a hub id, also of a plain
+    # Stable Diffusion) with all its settings but dtype and remat, else made from a preset.
     config.init = ""
+    config.init_version = version()
+    config.conv_in_bias = "keep"  # | "halve", where Stable Diffusion's conv_in is widened
+    config.autoencoder = ConfigDict({"path": "", **version()})  # one to use instead, as TAESD
     config.model = ConfigDict(
         {
             "preset": "d3_nano",
-            "encoder": "own",  # "teacher": the teacher's, shape and weights (needs no `init`)
+            "unet": "own",  # "teacher": pruned from the teacher's as BK-SDM (needs no `init`)
+            "encoder": "own",  # "teacher": the teacher's, shape and weights
             "decoder": "own",
             "prediction_type": "depth",  # | disparity | sqrt_disparity
             "processing_resolution": 0,
@@ -70,7 +74,7 @@ def training(stage: str) -> ConfigDict:
             "remat": False,
         }
     )
-    config.teacher = ConfigDict({"path": ""})
+    config.teacher = ConfigDict({"path": "", **version()})
     config.trainable = ("unet/",)  # regular expressions on parameter paths
 
     config.data = ConfigDict(
@@ -136,6 +140,11 @@ def training(stage: str) -> ConfigDict:
         }
     )
     return config
+
+
+def version() -> ConfigDict:
+    """Which version of a hub model: "" is the main branch, and float32 files."""
+    return ConfigDict({"revision": "", "variant": ""})
 
 
 def word(argument: str | None, *words: str) -> str:

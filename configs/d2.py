@@ -1,10 +1,11 @@
 """D^2epth: the full-size model refined by the pixel-space loss, without a stage 1 (METHOD 8).
 
-    python -m d3epth_jax.main --config=configs/d2.py --config.init=DIR --config.data.source.path=DIR
+    python -m d3epth_jax.main --config=configs/d2.py --config.init=stabilityai/stable-diffusion-2 \\
+        --config.data.source.path=DIR --config.eval.source.path=DIR
     python -m d3epth_jax.main --config=configs/d2.py:tiny       # seconds, from scratch, no data
 
-`init` is a directory in diffusers' layout (weights/hub.py): Stable Diffusion's UNet with 8 input
-channels, and the tiny autoencoder. 865.92M UNet parameters: a large accelerator, or FSDP.
+`init` is a hub id or a directory in diffusers' layout: a plain Stable Diffusion, whose conv_in is
+widened, Marigold or E2E-FT. 865.92M UNet parameters: a large accelerator, or FSDP.
 """
 
 from ml_collections import ConfigDict
@@ -20,6 +21,7 @@ def get_config(argument: str | None = None) -> ConfigDict:
     config = common.training("pixel")
     config.workdir = "runs/d2"
     config.init = "DIR"
+    config.model.processing_resolution = 768  # of what starts from a plain Stable Diffusion
     config.data.source = common.folder("DIR", split="train")
     config.data.height, config.data.width = 480, 640
     config.data.batch_size = 32

@@ -1,7 +1,7 @@
 """Stage 1: latent distillation of a teacher into an efficient student (METHOD 7).
 
     python -m d3epth_jax.main --config=configs/stage1.py --config.teacher.path=DIR \\
-        --config.init=DIR --config.data.source.path=DIR --config.eval.source.path=DIR
+        --config.data.source.path=DIR --config.eval.source.path=DIR
     python -m d3epth_jax.main --config=configs/stage1.py:tiny --config.data.source.path=DIR \\
         --config.eval.source.path=DIR                                  # a minute or two on 2 cores
 
@@ -40,7 +40,8 @@ def get_config(argument: str | None = None) -> ConfigDict:
     config.workdir = "runs/stage1"
     config.teacher.path = "runs/d2/model"
     config.model.preset = "d3_light_small"
-    config.model.encoder = config.model.decoder = "teacher"
+    # Everything begins as the teacher's: pruned as BK-SDM, and the frozen autoencoder.
+    config.model.unet = config.model.encoder = config.model.decoder = "teacher"
     config.data.source = common.folder("DIR", split="train")
     config.data.height, config.data.width = 480, 640
     config.eval.source = common.folder("DIR", split="validation")

@@ -12,6 +12,7 @@ log = logging.getLogger(__name__)
 
 def run(config, workdir: pathlib.Path) -> None:
     """Writes evaluation.{csv,json,md,png} to the workdir and prints the table."""
+    check(config)
     predictors = make_predictors(config)
     results = evaluate(
         predictors,
@@ -29,6 +30,20 @@ def run(config, workdir: pathlib.Path) -> None:
     log.info("table, per-image scores and gallery: %s", workdir / "evaluation.*")
 
 
+BASELINES = ("constant", "ramp", "mean map")
+
+
+def check(config) -> None:
+    """Raises ValueError for what is wrong with the settings whatever the models are."""
+    problems = []
+    if unknown := set(config.baselines) - set(BASELINES):
+        problems.append(f"unknown baselines {sorted(unknown)}: choose from {list(BASELINES)}")
+    if config.shuffled and config.shuffled not in (*config.baselines, *config.models):
+        problems.append(f"shuffled={config.shuffled!r} is none of the baselines and models")
+    if problems:
+        raise ValueError("\n".join(problems))
+
+
 def make_predictors(config) -> dict[str, Predictor]:
     """The rows of the table: baselines, then models, then the shuffled control."""
     makers = {
@@ -41,8 +56,6 @@ def make_predictors(config) -> dict[str, Predictor]:
             width=config.mean_map.width,
         ),
     }
-    if unknown := set(config.baselines) - set(makers):
-        raise ValueError(f"unknown baselines {sorted(unknown)}: choose from {sorted(makers)}")
     missing = [path for path in config.models.values() if not pathlib.Path(path).is_dir()]
     if missing:
         raise FileNotFoundError(f"no model directory at {missing}: train it first, or name another")
@@ -53,8 +66,6 @@ def make_predictors(config) -> dict[str, Predictor]:
         pipeline = DepthPipeline.from_pretrained(config.models[name])
         predictors[name] = model_predictor(pipeline, config.eval)
     if config.shuffled:
-        if config.shuffled not in predictors:
-            raise ValueError(f"shuffled={config.shuffled!r} is none of {list(predictors)}")
         shuffled = predictors[config.shuffled]
         predictors[f"{config.shuffled}, pictures shuffled"] = Predictor(
             shuffled.predict, shuffled.space, shuffled=True

@@ -3,12 +3,13 @@
 Arrays are [..., H, W, C]; leading axes are a batch.
 """
 
+import contextlib
 import math
 import os
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 # Anchor colours, spread evenly over [0, 1] and interpolated linearly in sRGB. Source: ColorBrewer
 # (Brewer and Harrower), schemes Spectral (11 classes) and OrRd (9 classes).
@@ -18,6 +19,8 @@ COLOR_MAPS = {
     "gray": "000000 ffffff",
 }
 NEUTRAL = (128, 128, 128)  # no depth here; in none of the colour scales
+# What Pillow's decoders raise for a damaged file; RuntimeError is AVIF's.
+DAMAGE = (OSError, SyntaxError, ValueError, RuntimeError)
 
 
 class ImageError(ValueError):
@@ -25,40 +28,63 @@ class ImageError(ValueError):
 
 
 def load(path) -> np.ndarray:
-    """Read a picture as uint8 [H, W, 3] sRGB, turned upright by its EXIF orientation first.
-
-    Alpha is dropped, not blended; grey, palette and CMYK are converted. 16-bit grey is divided by
-    65535 and rounded to 8 bits; 16-bit RGB is cut to its upper byte by Pillow.
+    """Read a picture as uint8 [H, W, 3] sRGB: `from_pil` of a file, the first one if it is a film.
 
     Raises FileNotFoundError, or ImageError (not a picture, truncated, too large to be honest,
     a float or 32-bit picture, whose range is unknown).
     """
-    path = Path(path)
+    with _named(path), Image.open(path) as picture:
+        return from_pil(picture)
+
+
+def upright_size(path) -> tuple[int, int]:
+    """(H, W) that `load` would give, from the file's header alone. Raises as `load` does."""
+    with _named(path), Image.open(path) as picture:
+        width, height = picture.size
+        turned = picture.getexif().get(ExifTags.Base.Orientation, 1) in (5, 6, 7, 8)
+        return (width, height) if turned else (height, width)
+
+
+def from_pil(picture: Image.Image) -> np.ndarray:
+    """A picture of any Pillow mode as uint8 [H, W, 3] sRGB, upright by its EXIF orientation.
+
+    Alpha is dropped, not blended; grey, palette and CMYK are converted. 16-bit grey is divided by
+    65535 and rounded to 8 bits; 16-bit RGB is cut to its upper byte by Pillow. Raises ImageError
+    for damaged or truncated data, and for a float or 32-bit picture, whose range is unknown.
+    """
     try:
-        with Image.open(path) as picture:
-            picture.load()
-            picture = ImageOps.exif_transpose(picture)
+        picture = ImageOps.exif_transpose(picture)
+    except DAMAGE as error:
+        raise ImageError(f"damaged or truncated picture: {error}") from error
+    if picture.mode.startswith("I"):
+        values = np.asarray(picture)
+        if values.size and (values.min() < 0 or values.max() > 65535):
+            raise ImageError("32-bit picture with values outside 0..65535")
+        grey = np.rint(values * (255 / 65535)).astype(np.uint8)
+        return np.repeat(grey[..., None], 3, axis=-1)
+    if picture.mode == "F":
+        raise ImageError("float picture, whose range is unknown; save it with 8 or 16 bits")
+    if picture.mode == "La":  # grey times its alpha, which Pillow only takes back to LA
+        picture = picture.convert("LA")
+    picture.info.pop("transparency", None)  # a copy's; Pillow would warn that it is lost
+    return np.array(picture.convert("RGB"))
+
+
+@contextlib.contextmanager
+def _named(path):
+    """Turns what Pillow says of a file into an ImageError that names it."""
+    try:
+        yield
     except FileNotFoundError:
         raise
     except Image.DecompressionBombError as error:
         raise ImageError(f"{path}: refused as a decompression bomb: {error}") from error
     except UnidentifiedImageError as error:
         raise ImageError(f"{path}: not a picture that Pillow can identify") from error
-    # Pillow's decoders report damage by several types, SyntaxError and ValueError among them.
-    except (OSError, SyntaxError, ValueError) as error:
+    except ImageError as error:
+        raise ImageError(f"{path}: {error}") from error
+    except DAMAGE as error:
         raise ImageError(f"{path}: damaged or truncated picture: {error}") from error
-
-    if picture.mode.startswith("I"):
-        values = np.asarray(picture)
-        if values.size and (values.min() < 0 or values.max() > 65535):
-            raise ImageError(f"{path}: 32-bit picture with values outside 0..65535")
-        grey = np.rint(values * (255 / 65535)).astype(np.uint8)
-        return np.repeat(grey[..., None], 3, axis=-1)
-    if picture.mode == "F":
-        raise ImageError(
-            f"{path}: float picture, whose range is unknown; save it with 8 or 16 bits"
-        )
-    return np.array(picture.convert("RGB"))
 
 
 def to_float(image: np.ndarray) -> np.ndarray:

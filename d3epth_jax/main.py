@@ -31,8 +31,10 @@ def main(argv: list[str]) -> None:
     sharding.use_cpu_cores(config.cpu_devices)
     jobs = {name: config[name] for name in config.jobs} if "jobs" in config else {"": config}
     began = time.monotonic()
-    for name, job in jobs.items():
-        run_job(fill_in(job, workdir), workdir / name)
+    filled = {name: fill_in(job, workdir) for name, job in jobs.items()}
+    check_jobs(filled)
+    for name, job in filled.items():
+        run_job(job, workdir / name)
     log.info("done in %.0f s; everything is in %s", time.monotonic() - began, workdir)
 
 
@@ -45,6 +47,20 @@ def run_job(config: ConfigDict, workdir: pathlib.Path) -> None:
         raise ValueError(f"unknown job {config.job!r}: choose one of {sorted(jobs)}")
     log.info("%s: %s", config.job, workdir)
     jobs[config.job](config, workdir)
+
+
+def check_jobs(jobs: dict[str, ConfigDict]) -> None:
+    """Raises ValueError with what is wrong with the settings of any job, before the first runs."""
+    from d3epth_jax import evaluate, from_config
+
+    problems = []
+    for name, config in jobs.items():
+        try:
+            {"train": from_config.check, "eval": evaluate.check}.get(config.job, id)(config)
+        except ValueError as error:
+            problems.append(f"{name}: {error}" if name else str(error))
+    if problems:
+        raise ValueError("\n".join(problems))
 
 
 def fill_in(config: ConfigDict, workdir: pathlib.Path) -> ConfigDict:

@@ -41,6 +41,7 @@ class MetricWriter:
         named = {f"{prefix}/{name}": float(value) for name, value in values.items()}
         # JSON has no NaN; a metric without a value is null.
         row = {name: value if math.isfinite(value) else None for name, value in named.items()}
+        log.info("step %d: %s", step, ", ".join(f"{n} {v:.4g}" for n, v in values.items()))
         self._file.write(json.dumps({"step": step, **row}) + "\n")
         self._file.flush()
         if self._tensorboard:

@@ -5,7 +5,6 @@ parameters split off, optimiser and weighting initialised, newest checkpoint res
 """
 
 import contextlib
-import dataclasses
 import functools
 import json
 import logging
@@ -15,20 +14,16 @@ import pathlib
 import jax
 import numpy as np
 from flax.traverse_util import flatten_dict
+from ml_collections import ConfigDict
 
-from d3epth_jax import data, losses, optim, sharding, steps, weighting
+from d3epth_jax import from_config, sharding, steps
 from d3epth_jax.checkpoint import Checkpoints, abstract
-from d3epth_jax.data import loader
-from d3epth_jax.data.sources.folder import FolderError
 from d3epth_jax.evaluate import model_predictor
 from d3epth_jax.evaluation import evaluate
 from d3epth_jax.metric_writer import MetricWriter, read_metrics
-from d3epth_jax.models import presets
-from d3epth_jax.models.depth_model import DepthModel, count_params, init_params
 from d3epth_jax.pipeline import DepthPipeline
 from d3epth_jax.progress import Progress
-from d3epth_jax.stages import latent, pixel
-from d3epth_jax.train_state import init_train_state, merge, split_trainable
+from d3epth_jax.train_state import init_train_state, merge
 from d3epth_jax.typing import Params
 from d3epth_jax.weights import hub
 
@@ -47,38 +42,28 @@ def run(config, workdir: pathlib.Path) -> pathlib.Path:
     """
     output = workdir / "model"
     total = config.train.steps
+    from_config.check(config)
     with Checkpoints(workdir / "checkpoints", keep=config.train.keep_checkpoints) as checkpoints:
-        claim(workdir, config, in_use=checkpoints.latest is not None)
+        in_use = checkpoints.latest is not None
+        claim(workdir, config, in_use=in_use)
         if checkpoints.latest == total and output.is_dir():
+            claim_origins(workdir, config, in_use=True)
             log.info("%s is already trained (%d steps)", output, total)
             tell_scores(config.stage, workdir)
             return output
 
         mesh = sharding.make_mesh(config.fsdp)
-        training, validation = make_sources(config)
-        batches = make_batches(config, mesh, training)
+        training, validation = from_config.make_sources(config)
+        batches = from_config.make_batches(config, mesh, training)
 
-        teacher, teacher_params = read_teacher(config)
-        model, params = make_student(config, teacher, teacher_params)
-        patterns = list(config.trainable)
-        if config.stage == "latent" and config.loss.beta.feat and teacher is not None:
-            key = jax.random.fold_in(jax.random.key(config.seed), 1)
-            size = (config.data.height, config.data.width)
-            adapters = latent.init_adapters(model, teacher, key, *size)
-            params = {**params, "adapters": adapters}
-            patterns += ["adapters/"] if adapters else []
-        log.info("student: %s", describe(model, params))
-        trainable, rest = split_trainable(params, tuple(patterns))
-        own_encoder = "encoder" in trainable or not _same(params, teacher_params, "encoder")
-        loss_fn, tasks, beta = make_loss(
-            config, model, teacher, own_encoder, "encoder" in trainable
-        )
+        train_what_is_absent(config)
+        claim_origins(workdir, config, in_use=in_use)
+        teacher, student, trainable, rest = from_config.make_models(config)
+        model, params, text = student
+        loss_fn, tasks, beta = from_config.make_loss(config, model, params, trainable, teacher)
 
-        frozen = sharding.put_params({"rest": rest, "teacher": teacher_params}, mesh)
-        schedule = optim.make_schedule(total_steps=total, **config.schedule)
-        tx = optim.make_optimizer(schedule, **config.optim)
-        task_weights = make_weighting(config, len(tasks))
-
+        frozen = sharding.put_params({"rest": rest, "teacher": teacher.params}, mesh)
+        tx, schedule, task_weights = from_config.make_optimizer(config, len(tasks))
         init = functools.partial(init_train_state, tx=tx, weighting=task_weights)
         placement = sharding.params_sharding(jax.eval_shape(init, trainable), mesh)
         state = jax.jit(init, out_shardings=placement)(sharding.put_params(trainable, mesh))
@@ -106,7 +91,7 @@ def run(config, workdir: pathlib.Path) -> pathlib.Path:
 
         start = int(state.step)
         if start == 0 and config.train.save_start:
-            hub.save_model(workdir / "model_start", model, current_model())
+            hub.save_model(workdir / "model_start", model, current_model(), text)
         writer = MetricWriter(workdir, start_step=start)
         progress = Progress(f"{config.stage} {workdir.name}", total, start=start)
         scores = {}
@@ -137,9 +122,42 @@ def run(config, workdir: pathlib.Path) -> pathlib.Path:
                     validate(step)
                 if save:
                     checkpoints.save(step, state, batches.get_state())
-            hub.save_model(output, model, current_model())
+            hub.save_model(output, model, current_model(), text)
     tell_scores(config.stage, workdir)
     return output
+
+
+def read_run(workdir: pathlib.Path) -> from_config.Start:
+    """The model of the newest checkpoint in a run's workdir, with its averaged (EMA) weights.
+
+    Raises FileNotFoundError where there is none; and as `hub.load_model`, for what the run itself
+    started from, which holds the parameters that it did not train.
+    """
+    path = workdir / "config.json"
+    if not path.is_file() or not (workdir / "checkpoints").is_dir():
+        raise FileNotFoundError(
+            f"{workdir} is no workdir of a run: no config.json, no checkpoints/"
+        )
+    config = ConfigDict(json.loads(path.read_text()))
+    with Checkpoints(workdir / "checkpoints", keep=config.train.keep_checkpoints) as checkpoints:
+        if checkpoints.latest is None:
+            raise FileNotFoundError(f"{workdir}/checkpoints holds no complete checkpoint")
+        teacher, (model, params, text), trainable, rest = from_config.make_models(config)
+        _, tasks, _ = from_config.make_loss(config, model, params, trainable, teacher)
+        tx, _, task_weights = from_config.make_optimizer(config, len(tasks))
+        mesh = sharding.make_mesh(devices=jax.devices()[:1])
+        abstract_state = jax.eval_shape(lambda: init_train_state(trainable, tx, task_weights))
+        state, _ = checkpoints.restore(
+            jax.tree.map(
+                lambda x: jax.ShapeDtypeStruct(
+                    x.shape, x.dtype, sharding=sharding.replicated(mesh)
+                ),
+                abstract_state,
+            )
+        )
+    params = jax.tree.map(np.asarray, merge(state.ema, rest))
+    params.pop("adapters", None)
+    return from_config.Start(model, params, text)
 
 
 def claim(workdir: pathlib.Path, config, *, in_use: bool) -> None:
@@ -155,7 +173,8 @@ def claim(workdir: pathlib.Path, config, *, in_use: bool) -> None:
         changed = [
             f"{key}: {before.get(key)} -> {wanted.get(key)}"
             for key in sorted(before.keys() | wanted.keys())
-            if before.get(key) != wanted.get(key)
+            # Where the run is says its path; a config alone says where it would be.
+            if before.get(key) != wanted.get(key) and key.split(".")[-1] != "workdir"
         ]
         if changed:
             raise ValueError(
@@ -165,67 +184,39 @@ def claim(workdir: pathlib.Path, config, *, in_use: bool) -> None:
     path.write_text(json.dumps(now, indent=2) + "\n")
 
 
-def make_sources(config):
-    """The (training, validation) sources, every problem of both in one error; kept apart."""
-    training = dict(config.data.source)
-    if training["name"] == "procedural":
-        training |= {"height": config.data.height, "width": config.data.width}
-    sources, errors = [], []
-    for settings in (training, config.eval.source):
-        try:
-            sources.append(data.make_source(**settings))
-        except FolderError as error:
-            errors.append(error)
-    if errors:
-        roots = " and ".join(dict.fromkeys(str(error.root) for error in errors))
-        # Both splits of one folder meet some problems, such as a missing file.
-        problems = dict.fromkeys(problem for error in errors for problem in error.problems)
-        raise FolderError(roots, list(problems)) from errors[0]
-    if config.eval.source.get("path", "") == training.get("path"):
-        require_apart(*sources)
-    return sources
+def claim_origins(workdir: pathlib.Path, config, *, in_use: bool) -> None:
+    """Writes down which models the run starts from; ValueError if they have changed since.
 
-
-def make_batches(config, mesh, source):
-    """The iterator over this process's part of the training batches."""
-    process = {"process_index": jax.process_index(), "process_count": jax.process_count()}
-    if config.data.batch_size % mesh.size:
+    The same path may hold another model by now, retrained with other settings. Models of the hub
+    are told apart by their revision, and those that are gone are not asked for.
+    """
+    path = workdir / "origins.json"
+    wanted = {
+        origin: digest
+        for origin in (config.teacher.path, config.init, config.autoencoder.path)
+        if origin and (digest := hub.digest(origin))
+    }
+    before = json.loads(path.read_text()) if in_use and path.exists() else {}
+    if changed := [
+        origin for origin, digest in wanted.items() if before.get(origin, digest) != digest
+    ]:
         raise ValueError(
-            f"data.batch_size={config.data.batch_size} is not a multiple of the {mesh.size} devices"
+            f"{workdir} was trained from another model at {', '.join(changed)} than the one that"
+            " is there now; choose another --workdir or delete it"
         )
-    if config.data.batch_size % (mesh.size * config.train.accumulate):
-        raise ValueError(
-            f"data.batch_size={config.data.batch_size} cannot be cut into train.accumulate="
-            f"{config.train.accumulate} micro-batches on {mesh.size} devices"
-        )
-    if config.data.source.name == "procedural":
-        return loader.ProceduralIterator(
-            source,
-            config.data.batch_size // jax.process_count(),
-            place=functools.partial(sharding.put_batch, mesh=mesh),
-            **process,
-        )
-    return loader.make_loader(
-        source,
-        loader.standard_transforms(
-            (config.data.height, config.data.width), flip=config.data.flip, crop=config.data.crop
-        ),
-        batch_size=config.data.batch_size // jax.process_count(),
-        seed=config.seed,
-        shuffle=True,
-        num_workers=config.data.num_workers,
-        **process,
-    )
+    path.write_text(json.dumps({**before, **wanted}, indent=2) + "\n")
 
 
-def require_apart(training, validation) -> None:
-    """Raises ValueError if samples of one folder are both trained and evaluated on."""
-    names = [{source.name(i) for i in range(len(source))} for source in (training, validation)]
-    if both := sorted(names[0] & names[1]):
-        raise ValueError(
-            f"{len(both)} pairs are both trained and evaluated on, {both[0]} the first: give"
-            " data.source and eval.source the splits train and validation, and one hold-out"
-        )
+def train_what_is_absent(config) -> None:
+    """Trains the teacher, and then the model to start from, that the config can make."""
+    if config.teacher.path:
+        train_if_absent(config.teacher.path, config.teacher.get("config"))
+    first = config.get("init_config")
+    if config.init and first is not None:
+        # On the same pairs and with the same teacher as this run.
+        first.update(data=config.data, eval=config.eval, teacher=config.teacher)
+    if config.init:
+        train_if_absent(config.init, first)
 
 
 def train_if_absent(path: str, config) -> None:
@@ -237,109 +228,6 @@ def train_if_absent(path: str, config) -> None:
     if config is not None and not wanted.is_dir() and wanted.parent == pathlib.Path(config.workdir):
         log.info("no model at %s: training it first", path)
         run(config, wanted.parent)
-
-
-def read_teacher(config) -> tuple[DepthModel | None, Params]:
-    """The teacher, trained first by its own config where there is none yet; (None, {}) without."""
-    if not config.teacher.path:
-        return None, {}
-    train_if_absent(config.teacher.path, config.teacher.get("config"))
-    teacher, params = hub.load_model(config.teacher.path, dtype=config.model.dtype)
-    log.info("teacher: %s, %s", config.teacher.path, describe(teacher, params))
-    return teacher, params
-
-
-def make_student(
-    config, teacher: DepthModel | None, teacher_params: Params
-) -> tuple[DepthModel, Params]:
-    """The model to train: read from `config.init`, or random with parts of the teacher."""
-    computing = {"dtype": config.model.dtype, "remat": config.model.remat}
-    if config.init:
-        first = config.get("init_config")
-        if first is not None:
-            # On the same pairs and with the same teacher as this run.
-            first.update(data=config.data, eval=config.eval, teacher=config.teacher)
-        train_if_absent(config.init, first)
-        return hub.load_model(config.init, **computing)
-    for part in ("encoder", "decoder"):
-        if config.model[part] not in ("own", "teacher"):
-            raise ValueError(f"model.{part} is {config.model[part]!r}: choose own or teacher")
-    unet, autoencoder = presets.get(config.model.preset)
-    parts = [part for part in ("encoder", "decoder") if config.model[part] == "teacher"]
-    if parts and teacher is None:
-        raise ValueError(f"model.{parts[0]}='teacher', but there is no teacher (teacher.path)")
-    for part in parts:
-        fields = [f.name for f in dataclasses.fields(autoencoder) if part in f.name]
-        autoencoder = dataclasses.replace(
-            autoencoder, **{name: getattr(teacher.autoencoder, name) for name in fields}
-        )
-    model = DepthModel(
-        unet,
-        autoencoder,
-        presets.SINGLE_STEP,
-        prediction_type=config.model.prediction_type,
-        processing_resolution=config.model.processing_resolution,
-        **computing,
-    )
-    params = init_params(model, config.seed)
-    return model, {**params, **{part: teacher_params[part] for part in parts}}
-
-
-def make_loss(
-    config, model: DepthModel, teacher: DepthModel | None, own_encoder: bool, encoder_trains: bool
-):
-    """The stage's (loss function, dynamically weighted tasks, beta); a beta of 0 drops its term.
-
-    own_encoder: the student's encoder is, or will become, another than the teacher's.
-    """
-    beta = {name: value for name, value in config.loss.beta.items() if value}
-    if not encoder_trains:
-        beta.pop("enc", None)
-    terms = tuple(beta)
-    if config.stage == "pixel":
-        preset = config.loss.preset
-        if preset not in losses.PRESETS:
-            choices = sorted(losses.PRESETS)
-            raise ValueError(f"unknown loss.preset {preset!r}: choose one of {choices}")
-        options = losses.PRESETS[preset] | dict(config.loss.options)
-        return (
-            pixel.make_loss(model, teacher, terms=terms, **options),
-            tuple(task for task in pixel.TASKS if task in beta),
-            beta,
-        )
-    if config.stage != "latent":
-        raise ValueError(f"unknown stage {config.stage!r}: choose pixel or latent")
-    if teacher is None:
-        raise ValueError("the latent stage distils a teacher: set teacher.path")
-    loss_fn = latent.make_loss(model, teacher, terms=terms, share_encoder=not own_encoder)
-    return loss_fn, (), beta
-
-
-def _same(params: Params, teacher_params: Params, part: str) -> bool:
-    """Whether a part of the student is the teacher's, array by array."""
-    mine, its = (jax.tree.leaves_with_path(p.get(part, {})) for p in (params, teacher_params))
-    return [path for path, _ in mine] == [path for path, _ in its] and all(
-        a.shape == b.shape and np.array_equal(a, b)
-        for (_, a), (_, b) in zip(mine, its, strict=True)
-    )
-
-
-def make_weighting(config, num_tasks: int) -> weighting.Weighting:
-    if num_tasks == 0:
-        return weighting.static(0)  # stage 1 has fixed coefficients only
-    dwa = config.weighting.dwa
-    choices = {
-        "dwa": lambda: weighting.dwa(
-            num_tasks, **dict(dwa, ratio_clip=tuple(dwa.ratio_clip) or None)
-        ),
-        "static": lambda: weighting.static(num_tasks),
-        "uncertainty": lambda: weighting.uncertainty(num_tasks),
-    }
-    if config.weighting.name not in choices:
-        raise ValueError(
-            f"unknown weighting {config.weighting.name!r}: choose one of {sorted(choices)}"
-        )
-    return choices[config.weighting.name]()
 
 
 def score(config, model, params, source, mesh, writer: MetricWriter, step: int) -> float:
@@ -368,7 +256,8 @@ def score(config, model, params, source, mesh, writer: MetricWriter, step: int) 
 
 def tell_scores(stage: str, workdir: pathlib.Path) -> None:
     rows = [row for row in read_metrics(workdir / "metrics.jsonl") if "eval/abs_rel" in row]
-    first, last = rows[0]["eval/abs_rel"], rows[-1]["eval/abs_rel"]
+    scores = [rows[end]["eval/abs_rel"] for end in (0, -1)]
+    first, last = (math.nan if score is None else score for score in scores)
     log.info("%s %s: AbsRel before %.4f, after %.4f", stage, workdir.name, first, last)
 
 
@@ -379,15 +268,6 @@ def require_finite(values: dict[str, float], step: int, checkpoint: int | None) 
             f"step {step}: not finite: {broken}. The newest checkpoint is of step {checkpoint};"
             " lower schedule.learning_rate or optim.clip, or set model.dtype to float32"
         )
-
-
-def describe(model: DepthModel, params: Params) -> str:
-    parts = ", ".join(
-        f"{name} {count_params(tree) / 1e6:.2f}M"
-        for name, tree in params.items()
-        if name != "prompt"
-    )
-    return f"{count_params(params) / 1e6:.2f}M parameters ({parts}), {model.dtype}"
 
 
 class Profile(contextlib.ExitStack):

@@ -1,4 +1,11 @@
+import os
 import pathlib
+
+# Before JAX starts: the tests run many small programs a few times, so compiling is what they wait
+# for. Numbers that depend on it are compared with a tolerance.
+os.environ["XLA_FLAGS"] = (
+    f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_optimization_level=0".strip()
+)
 
 import jax
 import numpy as np
@@ -21,6 +28,23 @@ def shared():
     if not SHARED.is_dir():
         pytest.skip(f"no folder {SHARED}: real pictures and weights are not part of the repository")
     return SHARED
+
+
+@pytest.fixture(scope="session", autouse=True)
+def own_cache(tmp_path_factory):
+    """What is cached between runs on a user's machine is not here."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+@pytest.fixture(scope="session")
+def saved(tmp_path_factory):
+    """(directory, diffusers' pipeline) of a one-step SD2-like model of zero SNR."""
+    from tests import pipeline_oracle  # torch, diffusers and transformers: seconds
+
+    directory = tmp_path_factory.mktemp("models") / "marigold"
+    return directory, pipeline_oracle.marigold(directory, rescale_betas_zero_snr=True)
 
 
 def small_unet(widths=(8, 16), layers=1, mid="UNetMidBlock2DCrossAttn", channels=4) -> UNetConfig:

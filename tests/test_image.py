@@ -97,9 +97,65 @@ def test_load_converts_modes(tmp_path, mode):
     np.testing.assert_array_equal(result, np.full((2, 3, 3), 255, np.uint8))
 
 
+@pytest.mark.parametrize("mode", ["La", "PA", "RGBa", "RGBX", "HSV", "I;16B", "I"])
+def test_from_pil_takes_modes_that_files_hardly_have(mode):
+    result = image.from_pil(Image.new(mode, (3, 2)))
+    assert result.shape == (2, 3, 3) and result.dtype == np.uint8
+
+
+def test_load_takes_the_colours_under_a_transparent_palette(tmp_path):
+    picture = Image.fromarray(np.array([[0, 1], [2, 1]], np.uint8)).convert("P")
+    colors = [[10, 20, 30], [200, 0, 0], [0, 90, 7]]
+    picture.putpalette(np.ravel(colors).tolist())
+    picture.save(tmp_path / "a.png", transparency=bytes([0, 128, 255]))
+    expected = np.array(colors, np.uint8)[[[0, 1], [2, 1]]]
+    np.testing.assert_array_equal(image.load(tmp_path / "a.png"), expected)
+
+
+def test_load_takes_the_first_of_a_film(tmp_path):
+    films = [Image.new("RGB", (4, 3), color) for color in ("red", "blue")]
+    films[0].save(tmp_path / "a.gif", save_all=True, append_images=films[1:])
+    np.testing.assert_array_equal(image.load(tmp_path / "a.gif")[1, 2], [255, 0, 0])
+
+
+def test_load_turns_inverted_cmyk_of_jpeg_back(tmp_path):
+    Image.new("RGB", (16, 16), (250, 120, 20)).convert("CMYK").save(tmp_path / "a.jpg", quality=95)
+    assert b"Adobe" in (tmp_path / "a.jpg").read_bytes()  # such files hold inverted inks
+    result = image.load(tmp_path / "a.jpg")[8, 8].astype(int)
+    assert np.abs(result - [250, 120, 20]).max() < 12
+
+
+def test_upright_size_is_that_of_load(tmp_path):
+    pixels = np.zeros((4, 6, 3), np.uint8)
+    for orientation in range(1, 9):
+        exif = Image.Exif()
+        exif[0x0112] = orientation
+        Image.fromarray(pixels).save(tmp_path / "a.jpg", exif=exif)
+        size = image.upright_size(tmp_path / "a.jpg")
+        assert size == image.load(tmp_path / "a.jpg").shape[:2]
+        assert size == ((6, 4) if orientation > 4 else (4, 6))
+    (tmp_path / "text.png").write_text("this is no picture")
+    with pytest.raises(image.ImageError, match=r"text\.png: not a picture"):
+        image.upright_size(tmp_path / "text.png")
+
+
+def test_from_pil_reports_truncation(tmp_path):
+    buffer = io.BytesIO()
+    noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)
+    Image.fromarray(noise).save(buffer, "jpeg")
+    with pytest.raises(image.ImageError, match=r"^damaged or truncated picture"):
+        image.from_pil(Image.open(io.BytesIO(buffer.getvalue()[:1500])))
+
+
 def test_load_divides_16_bits(tmp_path):
     Image.fromarray(np.array([[0, 257, 32896, 65535]], np.uint16)).save(tmp_path / "a.png")
     np.testing.assert_array_equal(image.load(tmp_path / "a.png")[0, :, 1], [0, 1, 128, 255])
+    big_endian = Image.frombytes("I;16B", (4, 1), np.array([0, 257, 32896, 65535], ">u2").tobytes())
+    np.testing.assert_array_equal(image.from_pil(big_endian)[0, :, 1], [0, 1, 128, 255])
+    big_endian.save(tmp_path / "a.tif")
+    with Image.open(tmp_path / "a.tif") as picture:
+        assert picture.mode == "I;16B"
+    np.testing.assert_array_equal(image.load(tmp_path / "a.tif")[0, :, 1], [0, 1, 128, 255])
 
 
 def test_load_names_a_bad_file(tmp_path, monkeypatch):

@@ -14,12 +14,12 @@ NAME = PACKAGE.name
 # Bottom first. A name is a module, or a folder with all that is in it. A module may import its own
 # layer and those below; within a layer no circle.
 LAYERS = [
-    "typing schedule alignment targets losses weighting metrics image",
+    "typing schedule alignment targets losses weighting metrics image ensemble",
     "models",
     "weights data optim sharding train_state checkpoint metric_writer",
     "inference stages steps",
-    "train evaluate evaluation pipeline gallery progress baselines",
-    "main",
+    "from_config train evaluate evaluation pipeline gallery progress baselines",
+    "main cli __main__",
 ]
 
 # Library -> the only modules that may import it; () means none.

@@ -1,4 +1,7 @@
-"""Each numeric detail broken on purpose: parity with diffusers must fail, or it proves nothing."""
+"""Each numeric detail broken on purpose: parity with diffusers must fail, or it proves nothing.
+
+Here the UNet's; the KL autoencoder's and the text encoder's are in the files of their tests.
+"""
 
 import dataclasses
 

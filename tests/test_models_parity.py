@@ -16,7 +16,7 @@ from d3epth_jax.models import layers, presets
 from d3epth_jax.models.config import TinyAutoencoderConfig, UNetConfig
 from d3epth_jax.models.tiny_vae import TinyDecoder, TinyEncoder
 from d3epth_jax.models.unet import UNet
-from d3epth_jax.weights import convert
+from d3epth_jax.weights import convert, files
 from tests import unet_oracle as oracle
 
 # Stable Diffusion's structure at a tenth of its width.
@@ -239,10 +239,7 @@ def test_real_taesd_equals_diffusers_on_a_photograph(shared, picture):
     image = pixels[None].astype(np.float32) / 127.5 - 1
     folder = shared / "weights" / "taesd"
     tensors = convert.taesd_to_diffusers(
-        *(
-            convert.read_safetensors(folder / f"taesd_{x}.safetensors")
-            for x in ("encoder", "decoder")
-        )
+        *(files.read(folder / f"taesd_{x}.safetensors") for x in ("encoder", "decoder"))
     )
     vae = diffusers.AutoencoderTiny().eval()
     exact = {key: torch.from_numpy(value.astype(np.float32)) for key, value in tensors.items()}

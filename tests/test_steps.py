@@ -304,3 +304,13 @@ def test_feature_pairs_follow_bk_sdm_where_the_student_lacks_a_level():
     ]
     with pytest.raises(ValueError, match="as many levels or one fewer"):
         latent.feature_pairs(unet(3, 1), small_unet((8,) * 5))
+
+
+def test_metric_targets_leave_the_edge_term_in_normalised_units():
+    batch = scenes(2)
+    values = []
+    for normalize_target in (True, False):
+        loss_fn = pixel.make_loss(STUDENT, normalize_target=normalize_target)
+        values.append(loss_fn(init_params(STUDENT, 0), {}, batch)[0])
+    np.testing.assert_array_equal(values[0]["edge"], values[1]["edge"])
+    assert np.abs(values[0]["ssi"] - values[1]["ssi"]).min() > 1e-3

@@ -1,5 +1,6 @@
 """The loop from config to model directory: resume, teachers, errors before training."""
 
+import contextlib
 import json
 
 import jax
@@ -8,11 +9,12 @@ import pytest
 from ml_collections import ConfigDict
 
 from configs import common, quickstart, stage1, stage2
-from d3epth_jax import train
+from d3epth_jax import main, train
 from d3epth_jax.checkpoint import Checkpoints
 from d3epth_jax.data.sources.folder import FolderError
 from d3epth_jax.metric_writer import MetricWriter, read_metrics
 from d3epth_jax.models import presets
+from d3epth_jax.models.depth_model import init_params
 from d3epth_jax.weights import hub
 from tests.conftest import small_model, small_unet, write_pairs
 
@@ -95,7 +97,7 @@ def test_finished_run_is_not_trained_again(pairs, tmp_path, monkeypatch):
     config = teacher_config(pairs, steps=2)
     output = train.run(config, tmp_path)
     before = weights(output)
-    monkeypatch.setattr(train, "make_batches", lambda *_: pytest.fail("trained again"))
+    monkeypatch.setattr(train.from_config, "make_batches", lambda *_: pytest.fail("trained again"))
     assert train.run(config, tmp_path) == output
     assert weights(output) == before
 
@@ -131,7 +133,7 @@ def test_training_on_the_pairs_of_the_evaluation_is_refused(pairs, tmp_path):
 def test_a_typo_in_the_teachers_path_starts_no_training(pairs, tmp_path):
     config = on_pairs(stage1.get_config("tiny"), pairs)
     config.teacher.path = str(tmp_path / "teechar/model")
-    with pytest.raises(FileNotFoundError, match="teechar/model is not a model directory"):
+    with pytest.raises(FileNotFoundError, match="teechar/model is no directory"):
         train.run(config, tmp_path / "student")
     assert not (tmp_path / "teechar").exists()
 
@@ -153,7 +155,7 @@ def test_tiny_stages_train_what_is_absent_first_and_tell_before_and_after(
         output = train.run(config, tmp_path / "student")
     assert (tmp_path / "teacher/model/unet").is_dir()
     assert any("AbsRel before" in message for message in caplog.messages)
-    model, params = hub.load_model(output)
+    model, params, *_ = hub.load_model(output)
     assert model.unet == presets.get("d3_nano")[0]
     assert set(params) == {"unet", "encoder", "decoder", "prompt"}  # no adapters
 
@@ -165,8 +167,14 @@ def test_frozen_parts_and_teacher_are_bit_identical_after_training(pairs, tmp_pa
     config.teacher.path = str(teacher)
     student = train.run(config, tmp_path / "student")
     assert weights(teacher) == before
-    assert weights(student)["vae/" + hub.WEIGHTS] == before["vae/" + hub.WEIGHTS]
-    assert weights(student)["unet/" + hub.WEIGHTS] != before["unet/" + hub.WEIGHTS]
+    assert (
+        weights(student)["vae/" + f"{hub.STEM}.safetensors"]
+        == before["vae/" + f"{hub.STEM}.safetensors"]
+    )
+    assert (
+        weights(student)["unet/" + f"{hub.STEM}.safetensors"]
+        != before["unet/" + f"{hub.STEM}.safetensors"]
+    )
 
 
 def test_every_broken_pair_is_reported_before_training(tmp_path):
@@ -197,7 +205,7 @@ def test_every_broken_pair_is_reported_before_training(tmp_path):
         ({"weighting.name": "gradnorm"}, "unknown weighting 'gradnorm'"),
         ({"schedule.schedule": "linear"}, "unknown schedule 'linear'"),
         ({"loss.preset": "e2e"}, "unknown loss.preset 'e2e'"),
-        ({"model.encoder": "techer"}, "model.encoder is 'techer'"),
+        ({"model.encoder": "techer"}, "unknown model.encoder 'techer'"),
     ],
 )
 def test_wrong_settings_are_named(change, message, pairs, tmp_path):
@@ -205,6 +213,60 @@ def test_wrong_settings_are_named(change, message, pairs, tmp_path):
     config.update_from_flattened_dict(change)
     with pytest.raises(ValueError, match=message):
         train.run(config, tmp_path)
+
+
+def test_quickstart_and_tiny_stages_share_one_teacher(tmp_path):
+    quick = main.fill_in(quickstart.get_config("")["teacher"], tmp_path)
+    tiny = stage1.get_config("tiny").teacher.config
+
+    train.claim(tmp_path, quick, in_use=False)
+    train.claim(tmp_path, tiny, in_use=True)
+    tiny.seed = 1
+    with pytest.raises(ValueError, match=r"other settings.*Changed: seed: 0 -> 1$"):
+        train.claim(tmp_path, tiny, in_use=True)
+
+
+def test_a_run_notices_that_its_teacher_is_another_one(pairs, tmp_path):
+    config = on_pairs(quickstart.stage1(tiny=True), pairs)
+    config.teacher.path = str(tmp_path / "teacher")
+    for seed, in_use, message in ((0, False, ""), (0, True, ""), (1, True, "another model at")):
+        model = small_model(small_unet((8, 16)))
+        hub.save_model(tmp_path / "teacher", model, init_params(model, seed))
+        with pytest.raises(ValueError, match=message) if message else contextlib.nullcontext():
+            train.claim_origins(tmp_path, config, in_use=in_use)
+
+
+def test_all_wrong_settings_are_told_before_anything_is_trained(tmp_path):
+    config = stage2.get_config("tiny")
+    config.weighting.name = "dwaa"
+    config.schedule.schedule = "linear"
+    config.teacher.config.loss.preset = "e2e"
+    with pytest.raises(ValueError) as error:
+        train.run(config, tmp_path / "run")
+    for word in ("unknown weighting 'dwaa'", "unknown schedule 'linear'", "loss.preset 'e2e'"):
+        assert word in str(error.value)
+    assert not (tmp_path / "run").exists()
+
+
+def test_one_folder_is_not_read_in_two_ways(pairs, tmp_path):
+    config = teacher_config(pairs)
+    config.data.source.depth_scale = 256.0
+    config.eval.source.path = f"{pairs}/."
+    with pytest.raises(ValueError, match=r"two ways: depth_scale 256.0 and 1000.0"):
+        train.run(config, tmp_path)
+
+
+def test_what_cannot_be_learnt_in_the_latent_stage_is_refused(pairs, tmp_path):
+    model = small_model(small_unet((8, 16)), prediction_type="disparity")
+    hub.save_model(tmp_path / "teacher", model, init_params(model, 0))
+    config = on_pairs(quickstart.stage1(tiny=True), pairs)
+    config.teacher.path = str(tmp_path / "teacher")
+    with pytest.raises(ValueError, match="student predicts depth, its teacher disparity"):
+        train.run(config, tmp_path / "run")
+    config.model.prediction_type = "disparity"
+    config.trainable = ("unet/", "decoder/")
+    with pytest.raises(ValueError, match="no loss of the latent stage reaches the decoder"):
+        train.run(config, tmp_path / "run")
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_names_it():

@@ -14,7 +14,7 @@ import safetensors
 
 from d3epth_jax.models import presets
 from d3epth_jax.models.config import TinyAutoencoderConfig, UNetConfig
-from d3epth_jax.weights import convert, keys, surgery
+from d3epth_jax.weights import convert, files, keys, surgery
 from tests import unet_oracle as oracle
 
 SMALL_UNET = UNetConfig(
@@ -242,8 +242,7 @@ def test_dtypes_stay_unless_asked_for():
 def test_taesd_keys(shared):
     folder = shared / "weights" / "taesd"
     encoder, decoder = (
-        convert.read_safetensors(folder / f"taesd_{name}.safetensors")
-        for name in ("encoder", "decoder")
+        files.read(folder / f"taesd_{name}.safetensors") for name in ("encoder", "decoder")
     )
     assert all(t.dtype == ml_dtypes.bfloat16 for t in (*encoder.values(), *decoder.values()))
     tensors = convert.taesd_to_diffusers(encoder, decoder)
@@ -264,10 +263,10 @@ def test_safetensors_files_keep_names_types_and_values(tmp_path):
         "scalar": np.float32(2.5),
     }
     path = tmp_path / "model.safetensors"
-    convert.write_safetensors(path, tensors, {"base": "nobody"})
+    files.write(path, tensors, {"base": "nobody"})
     with safetensors.safe_open(path, "np") as file:
         assert file.metadata() == {"format": "pt", "base": "nobody"}
-    read = convert.read_safetensors(path)
+    read = files.read(path)
     assert read.keys() == tensors.keys()
     for name, tensor in tensors.items():
         assert read[name].dtype == np.asarray(tensor).dtype
@@ -277,10 +276,10 @@ def test_safetensors_files_keep_names_types_and_values(tmp_path):
 
 def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path):
     path = tmp_path / "model.safetensors"
-    convert.write_safetensors(path, {"x": np.zeros(3)})
+    files.write(path, {"x": np.zeros(3)})
     before = path.read_bytes()
     with pytest.raises(Exception, match=r"(?i)dtype|type"):
-        convert.write_safetensors(path, {"x": np.array([object()])})
+        files.write(path, {"x": np.array([object()])})
     assert path.read_bytes() == before
     assert list(tmp_path.iterdir()) == [path]
 
@@ -288,11 +287,11 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path):
 def test_missing_and_broken_files_are_named(tmp_path):
     path = tmp_path / "model.safetensors"
     with pytest.raises(FileNotFoundError, match=str(path)):
-        convert.read_safetensors(path)
-    convert.write_safetensors(path, {"x": np.zeros(300)})
+        files.read(path)
+    files.write(path, {"x": np.zeros(300)})
     path.write_bytes(path.read_bytes()[:-8])
     with pytest.raises(ValueError, match=f"{path} is not a complete safetensors file"):
-        convert.read_safetensors(path)
+        files.read(path)
 
 
 @pytest.mark.parametrize("kind", ["unet", "autoencoder"])
@@ -306,7 +305,7 @@ def test_diffusers_loads_what_we_write(tmp_path, kind):
     params = oracle.random_like(abstract)
     (tmp_path / "config.json").write_text(json.dumps(config.to_dict()))
     path = tmp_path / "diffusion_pytorch_model.safetensors"
-    convert.write_safetensors(path, convert.to_torch(params))
+    files.write(path, convert.to_torch(params))
     loaded, info = model.from_pretrained(tmp_path, output_loading_info=True)
     assert not any(info.values()), info
     again = convert.from_torch(oracle.tensors_of(loaded), abstract)

@@ -64,6 +64,22 @@ _TINY_FIXED = {
 }
 _TINY_IGNORED = {"block_out_channels", "force_upcast"}
 
+_KL_FIXED = {
+    "act_fn": ("silu", "swish"),
+    "down_block_types": ("DownEncoderBlock2D",),
+    "latents_mean": (None,),
+    "latents_std": (None,),
+    "shift_factor": (None, 0),
+    "up_block_types": ("UpDecoderBlock2D",),
+}
+_KL_IGNORED = {"force_upcast", "sample_size"}
+
+_TEXT_FIXED = {
+    "model_type": ("clip_text_model", "clip"),
+    "is_decoder": (False,),
+    "add_cross_attention": (False,),
+}
+
 
 @dataclasses.dataclass(frozen=True)
 class UNetConfig:
@@ -165,6 +181,97 @@ class TinyAutoencoderConfig:
         return 2 ** (len(self.num_encoder_blocks) - 1)
 
 
+@dataclasses.dataclass(frozen=True)
+class AutoencoderKLConfig:
+    """Shape of an AutoencoderKL, Stable Diffusion's autoencoder; the defaults are diffusers'.
+
+    The mid blocks attend if `mid_block_add_attention`. Raises ValueError, listing every
+    inconsistency.
+    """
+
+    in_channels: int = 3
+    out_channels: int = 3
+    block_out_channels: tuple[int, ...] = (64,)
+    layers_per_block: int = 1
+    latent_channels: int = 4
+    norm_num_groups: int = 32
+    scaling_factor: float = 0.18215
+    use_quant_conv: bool = True
+    use_post_quant_conv: bool = True
+    mid_block_add_attention: bool = True
+
+    def __post_init__(self):
+        _lists_to_tuples(self)
+        _raise_if("AutoencoderKLConfig is inconsistent", _kl_problems(self))
+
+    @classmethod
+    def from_dict(cls, json_dict: Mapping[str, Any]) -> Self:
+        """Reads a published config.json; absent keys mean diffusers' defaults.
+
+        Raises ValueError listing all unsupported settings and all unknown keys, as UNetConfig.
+        """
+        config = _from_dict(cls, json_dict, "AutoencoderKL", _KL_FIXED, _KL_IGNORED)
+        levels = len(config.block_out_channels)
+        _raise_if(
+            "cannot build this AutoencoderKL",
+            (
+                f"{key} has {len(json_dict[key])} entries for {levels} block_out_channels"
+                for key in ("down_block_types", "up_block_types")
+                if key in json_dict and len(json_dict[key]) != levels
+            ),
+        )
+        return config
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns the JSON that diffusers' AutoencoderKL.from_config accepts."""
+        levels = len(self.block_out_channels)
+        return _to_dict(self, "AutoencoderKL") | {
+            "down_block_types": ["DownEncoderBlock2D"] * levels,
+            "up_block_types": ["UpDecoderBlock2D"] * levels,
+        }
+
+    @property
+    def downsampling(self) -> int:
+        """Pixels per latent cell along each side."""
+        return 2 ** (len(self.block_out_channels) - 1)
+
+
+@dataclasses.dataclass(frozen=True)
+class TextEncoderConfig:
+    """Shape of a CLIPTextModel; field names and defaults are transformers'."""
+
+    hidden_size: int = 512
+    intermediate_size: int = 2048
+    num_hidden_layers: int = 12
+    num_attention_heads: int = 8
+    max_position_embeddings: int = 77
+    vocab_size: int = 49408
+    hidden_act: str = "quick_gelu"
+    layer_norm_eps: float = 1e-5
+
+    def __post_init__(self):
+        problems = []
+        if self.hidden_act not in ("quick_gelu", "gelu"):
+            problems.append(f"hidden_act = {self.hidden_act!r}; supported: quick_gelu, gelu")
+        if self.hidden_size % self.num_attention_heads:
+            problems.append(
+                f"hidden_size = {self.hidden_size} does not divide into"
+                f" {self.num_attention_heads} heads"
+            )
+        _raise_if("TextEncoderConfig is inconsistent", problems)
+
+    @classmethod
+    def from_dict(cls, json_dict: Mapping[str, Any]) -> Self:
+        """Reads a published text_encoder/config.json; absent keys mean transformers' defaults.
+
+        Keys that are no shape (token ids, dropout, versions) are left to whoever wrote them.
+        Raises ValueError for another kind of model.
+        """
+        telling = {field.name for field in dataclasses.fields(cls)} | _TEXT_FIXED.keys()
+        known = {key: value for key, value in json_dict.items() if key in telling}
+        return _from_dict(cls, known, "CLIPTextModel", _TEXT_FIXED, set())
+
+
 def _unet_problems(config: UNetConfig) -> Iterable[str]:
     levels = len(config.block_out_channels)
     for name in ("down_block_types", "up_block_types", "heads"):
@@ -196,6 +303,15 @@ def _unet_problems(config: UNetConfig) -> Iterable[str]:
             yield f"block_out_channels[{i}] = {channels} does not divide into {groups} groups"
         if config.needs_prompt and channels % heads:
             yield f"block_out_channels[{i}] = {channels} does not divide into {heads} heads"
+
+
+def _kl_problems(config: AutoencoderKLConfig) -> Iterable[str]:
+    if not config.block_out_channels:
+        yield "block_out_channels is empty"
+    for i, channels in enumerate(config.block_out_channels):
+        if channels % config.norm_num_groups:
+            groups = config.norm_num_groups
+            yield f"block_out_channels[{i}] = {channels} does not divide into {groups} groups"
 
 
 def _tiny_problems(config: TinyAutoencoderConfig) -> Iterable[str]:

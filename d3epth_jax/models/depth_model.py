@@ -7,11 +7,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from d3epth_jax.models.config import TinyAutoencoderConfig, UNetConfig
+from d3epth_jax.models.config import AutoencoderKLConfig, TinyAutoencoderConfig, UNetConfig
 from d3epth_jax.models.tiny_vae import TinyDecoder, TinyEncoder
 from d3epth_jax.models.unet import UNet
+from d3epth_jax.models.vae import KLDecoder, KLEncoder
 from d3epth_jax.schedule import NoiseSchedule
 from d3epth_jax.typing import Params
+
+AutoencoderConfig = AutoencoderKLConfig | TinyAutoencoderConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,17 +27,25 @@ class DepthModel:
       schedule: turns the UNet's output into the clean latent z0.
       prediction_type: what grows in the output: depth | disparity | sqrt_disparity (METHOD 2).
       processing_resolution: the longest side pictures are resized to by default; 0 keeps theirs.
-      timestep: the one timestep of a single-step model (E2E-FT: the last).
+      timestep: where a single step starts (E2E-FT: the last).
+      denoising_steps: of inference by default; None: the user must say.
+      starts_at_zero: inference starts from zero latents whatever the number of steps.
+      prompt_padding: of the empty prompt, "do_not_pad" or "max_length".
+      base: the directory or hub id that the weights come from; "" for none.
       dtype: compute type of the networks, "float32" or "bfloat16"; parameters stay float32.
       remat: recompute activations in the backward pass instead of keeping them.
     """
 
     unet: UNetConfig
-    autoencoder: TinyAutoencoderConfig
+    autoencoder: AutoencoderConfig
     schedule: NoiseSchedule
     prediction_type: str = "depth"
     processing_resolution: int = 0
     timestep: int = 999
+    denoising_steps: int | None = 1
+    starts_at_zero: bool = False
+    prompt_padding: str = "do_not_pad"
+    base: str = ""
     dtype: str = "float32"
     remat: bool = False
 
@@ -56,29 +67,40 @@ class DepthModel:
     def modules(self) -> dict:
         """The Linen modules, under the names of their parameter trees."""
         dtype = jnp.dtype(self.dtype)
-        return {
-            "unet": UNet(self.unet, dtype=dtype, remat=self.remat),
-            "encoder": TinyEncoder(self.autoencoder, dtype=dtype, remat=self.remat),
-            "decoder": TinyDecoder(self.autoencoder, dtype=dtype, remat=self.remat),
-        }
+        unet = UNet(self.unet, dtype=dtype, remat=self.remat)
+        return {"unet": unet, **_autoencoder(self.autoencoder, dtype=dtype, remat=self.remat)}
+
+
+def _autoencoder(config: AutoencoderConfig, **options) -> dict:
+    kl = isinstance(config, AutoencoderKLConfig)
+    encoder, decoder = (KLEncoder, KLDecoder) if kl else (TinyEncoder, TinyDecoder)
+    return {"encoder": encoder(config, **options), "decoder": decoder(config, **options)}
 
 
 def abstract_params(model: DepthModel) -> Params:
     """Shapes and types of the parameters {unet, encoder, decoder[, prompt]}, without arrays."""
-    cells, side = 8, 8 * model.downsample
     prompt = jnp.zeros((1, 2, model.unet.cross_attention_dim))
-    inputs = {
-        "unet": (jnp.zeros((1, cells, cells, model.unet.in_channels)), model.timestep, prompt),
-        "encoder": (jnp.zeros((1, side, side, 3)),),
-        "decoder": (jnp.zeros((1, cells, cells, model.autoencoder.latent_channels)),),
-    }
+    sample = jnp.zeros((1, 8, 8, model.unet.in_channels))
     params = {
-        name: jax.eval_shape(module.init, jax.random.key(0), *inputs[name])["params"]
-        for name, module in model.modules.items()
+        "unet": _abstract(model.modules["unet"], sample, model.timestep, prompt),
+        **abstract_autoencoder(model.autoencoder),
     }
     if model.unet.needs_prompt:
         params["prompt"] = jax.ShapeDtypeStruct(prompt.shape, prompt.dtype)
     return params
+
+
+def abstract_autoencoder(config: AutoencoderConfig) -> Params:
+    """The part {encoder, decoder} of `abstract_params`."""
+    modules, side = _autoencoder(config), 8 * config.downsampling
+    return {
+        "encoder": _abstract(modules["encoder"], jnp.zeros((1, side, side, 3))),
+        "decoder": _abstract(modules["decoder"], jnp.zeros((1, 8, 8, config.latent_channels))),
+    }
+
+
+def _abstract(module, *inputs) -> Params:
+    return jax.eval_shape(module.init, jax.random.key(0), *inputs)["params"]
 
 
 def init_params(model: DepthModel, seed: int) -> Params:
@@ -103,12 +125,13 @@ def init_params(model: DepthModel, seed: int) -> Params:
     # What the depth latent, always zero here, would do in diffusers, where it is random: nothing.
     latent = model.autoencoder.latent_channels
     params["unet"]["conv_in"]["kernel"][:, :, latent:] = 0
-    # Inside the autoencoder pictures are in [0,1]: let mid-grey be 0 to an untrained encoder, and
-    # the centre of the range what an untrained decoder gives, not an end, where depth is clipped.
-    first = params["encoder"]["layers_0"]
-    first["bias"] -= 0.5 * first["kernel"].sum((0, 1, 2))
-    last = max(params["decoder"], key=lambda name: int(name.removeprefix("layers_")))
-    params["decoder"][last]["bias"] += 0.5
+    if isinstance(model.autoencoder, TinyAutoencoderConfig):
+        # Inside it pictures are in [0,1]: let mid-grey be 0 to an untrained encoder, and the centre
+        # of the range what an untrained decoder gives, not an end, where depth is clipped.
+        first = params["encoder"]["layers_0"]
+        first["bias"] -= 0.5 * first["kernel"].sum((0, 1, 2))
+        last = max(params["decoder"], key=lambda name: int(name.removeprefix("layers_")))
+        params["decoder"][last]["bias"] += 0.5
     return params
 
 

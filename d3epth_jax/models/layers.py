@@ -1,4 +1,4 @@
-"""The layers of a Stable Diffusion UNet, NHWC.
+"""The layers of Stable Diffusion's UNet and KL autoencoder, NHWC.
 
 Every numeric detail that a port can get wrong is one named constant or function here (METHOD 1),
 so that tests/test_models_broken.py can break each on purpose and see parity fail.
@@ -15,7 +15,9 @@ import numpy as np
 
 TRANSFORMER_NORM_EPS = 1e-6  # GroupNorm before a transformer; ResNets have the config's norm_eps
 LAYER_NORM_EPS = 1e-5
+VAE_NORM_EPS = 1e-6  # everywhere in the KL autoencoder
 DOWNSAMPLE_PADDING = ((1, 1), (1, 1))
+VAE_DOWNSAMPLE_PADDING = ((0, 1), (0, 1))
 MAX_PERIOD = 10_000.0  # of the sinusoidal time embedding
 
 
@@ -70,11 +72,15 @@ def upsample_nearest(x: jax.Array, size: tuple[int, int]) -> jax.Array:
     return x[:, : size[0], : size[1]]
 
 
-def attention(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-    """Softmax attention, float32 inside: q [B, N, heads, D], k and v [B, M, heads, D] -> as q."""
+def attention(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | None = None) -> jax.Array:
+    """Softmax attention, float32 inside: q [B, N, heads, D], k and v [B, M, heads, D] -> as q.
+
+    mask: bool [N, M], False where a query must not look; every query sees something.
+    """
     # [B, heads, N, M]
     logits = jnp.einsum("bnhd,bmhd->bhnm", q, k, preferred_element_type=jnp.float32)
-    weights = jax.nn.softmax(logits * q.shape[-1] ** -0.5, axis=-1)
+    logits *= q.shape[-1] ** -0.5
+    weights = jax.nn.softmax(logits if mask is None else jnp.where(mask, logits, -jnp.inf), axis=-1)
     return jnp.einsum("bhnm,bmhd->bnhd", weights.astype(v.dtype), v)
 
 
@@ -93,7 +99,8 @@ class TimeEmbedding(nn.Module):
 class ResnetBlock(nn.Module):
     """Pre-norm residual block with the time embedding added between its two convolutions.
 
-    x [B, h, w, Cin], temb [1 or B, T] with its SiLU already applied -> [B, h, w, features].
+    x [B, h, w, Cin], temb [1 or B, T] with its SiLU already applied, or None in an autoencoder
+    -> [B, h, w, features].
     """
 
     features: int
@@ -102,15 +109,36 @@ class ResnetBlock(nn.Module):
     dtype: Any
 
     @nn.compact
-    def __call__(self, x, temb):
+    def __call__(self, x, temb=None):
         h = nn.silu(group_norm("norm1", self.groups, self.eps, self.dtype)(x))
         h = conv("conv1", self.features, self.dtype)(h)
-        h += nn.Dense(self.features, dtype=self.dtype, name="time_emb_proj")(temb)[:, None, None]
+        if temb is not None:
+            shift = nn.Dense(self.features, dtype=self.dtype, name="time_emb_proj")(temb)
+            h += shift[:, None, None]
         h = nn.silu(group_norm("norm2", self.groups, self.eps, self.dtype)(h))
         h = conv("conv2", self.features, self.dtype)(h)
         if x.shape[-1] != self.features:
             x = conv("conv_shortcut", self.features, self.dtype, kernel_size=1)(x)
         return x + h
+
+
+def project_and_attend(
+    x: jax.Array, context: jax.Array, *, heads: int, dtype: Any, use_bias: bool = False
+) -> jax.Array:
+    """Multi-head attention from x [B, N, C] to context [1 or B, M, D], with its projections.
+
+    Called from a compact module, whose the projections become. `use_bias`: of to_q, to_k, to_v.
+    """
+    batch, tokens, channels = x.shape
+
+    def project(name, inputs):
+        y = nn.Dense(channels, use_bias=use_bias, dtype=dtype, name=name)(inputs)
+        y = y.reshape(*y.shape[:2], heads, channels // heads)
+        # A prompt shared by the batch is projected once.
+        return jnp.broadcast_to(y, (batch, *y.shape[1:]))
+
+    out = attention(project("to_q", x), project("to_k", context), project("to_v", context))
+    return nn.Dense(channels, dtype=dtype, name="to_out_0")(out.reshape(batch, tokens, channels))
 
 
 class Attention(nn.Module):
@@ -121,17 +149,7 @@ class Attention(nn.Module):
 
     @nn.compact
     def __call__(self, x, context):
-        batch, tokens, channels = x.shape
-
-        def project(name, inputs):
-            y = nn.Dense(channels, use_bias=False, dtype=self.dtype, name=name)(inputs)
-            y = y.reshape(*y.shape[:2], self.heads, channels // self.heads)
-            # A prompt shared by the batch is projected once.
-            return jnp.broadcast_to(y, (batch, *y.shape[1:]))
-
-        out = attention(project("to_q", x), project("to_k", context), project("to_v", context))
-        out = out.reshape(batch, tokens, channels)
-        return nn.Dense(channels, dtype=self.dtype, name="to_out_0")(out)
+        return project_and_attend(x, context, heads=self.heads, dtype=self.dtype)
 
 
 class Geglu(nn.Module):
@@ -206,6 +224,7 @@ class Downsample(nn.Module):
     """Strided convolution, [B, h, w, C] -> [B, ceil(h/2), ceil(w/2), C]."""
 
     dtype: Any
+    padding: tuple | None = None  # None: the UNet's
 
     @nn.compact
     def __call__(self, x):
@@ -213,7 +232,7 @@ class Downsample(nn.Module):
             x.shape[-1],
             (3, 3),
             strides=2,
-            padding=DOWNSAMPLE_PADDING,
+            padding=self.padding or DOWNSAMPLE_PADDING,
             dtype=self.dtype,
             name="conv",
         )(x)

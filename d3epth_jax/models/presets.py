@@ -2,7 +2,7 @@
 
 import dataclasses
 
-from d3epth_jax.models.config import TinyAutoencoderConfig, UNetConfig
+from d3epth_jax.models.config import AutoencoderKLConfig, TinyAutoencoderConfig, UNetConfig
 from d3epth_jax.schedule import NoiseSchedule
 
 SD1_UNET = UNetConfig(cross_attention_dim=768)
@@ -12,6 +12,7 @@ SD2_UNET = UNetConfig(
     use_linear_projection=True,
     upcast_attention=True,
 )
+SD_VAE = AutoencoderKLConfig(block_out_channels=(128, 256, 512, 512), layers_per_block=2)
 TAESD = TinyAutoencoderConfig()
 
 
@@ -94,9 +95,14 @@ def _sd2(unet: UNetConfig) -> UNetConfig:
     return dataclasses.replace(unet, in_channels=8)
 
 
-# Name -> (UNet, autoencoder). `light_*`: Stable Diffusion's UNet, or a pruned one, with the tiny
-# autoencoder of its latent space. `*_nano`: from scratch, on CPU.
+# Name -> (UNet, autoencoder). `d2_base`, `d3_base|small|tiny`: Stable Diffusion's UNet and pruned
+# ones, with its autoencoder. `*_light*`, `d3_fast`: with the tiny autoencoder of that latent space.
+# `*_nano`: from scratch, on CPU.
 PRESETS = {
+    "d2_base": (_sd2(SD2_UNET), SD_VAE),
+    "d3_base": (_sd2(bk_sdm(SD2_UNET, "base")), SD_VAE),
+    "d3_small": (_sd2(bk_sdm(SD2_UNET, "small")), SD_VAE),
+    "d3_tiny": (_sd2(bk_sdm(SD2_UNET, "tiny")), SD_VAE),
     "d2_light": (_sd2(SD2_UNET), TAESD),
     "d3_light_base": (_sd2(bk_sdm(SD2_UNET, "base")), TAESD),
     "d3_light_small": (_sd2(bk_sdm(SD2_UNET, "small")), TAESD),
@@ -106,7 +112,7 @@ PRESETS = {
 }
 
 
-def get(name: str) -> tuple[UNetConfig, TinyAutoencoderConfig]:
+def get(name: str) -> tuple[UNetConfig, AutoencoderKLConfig | TinyAutoencoderConfig]:
     """A preset's UNet and autoencoder shapes; ValueError names the presets there are."""
     if name not in PRESETS:
         raise ValueError(f"unknown model preset {name!r}: choose one of {sorted(PRESETS)}")

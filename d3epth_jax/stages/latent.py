@@ -96,6 +96,11 @@ def make_loss(
         raise ValueError(f"unknown terms {sorted(unknown)}; stage 1 knows {list(known)}")
     if "enc" in terms and share_encoder:
         raise ValueError("the term enc trains the student's encoder: set share_encoder to False")
+    if model.prediction_type != teacher.prediction_type:
+        raise ValueError(
+            f"the student predicts {model.prediction_type}, its teacher {teacher.prediction_type}:"
+            " set model.prediction_type to the teacher's"
+        )
     if model.autoencoder.latent_channels != teacher.autoencoder.latent_channels:
         raise ValueError(
             f"the student's latents have {model.autoencoder.latent_channels} channels, the"

@@ -40,8 +40,8 @@ def make_loss(
       upright: the tasks leave out images whose prediction is inverted (s < 0), so that only `range`
         acts on them. From scratch the sign is open, the tasks cannot see it, and their gradient,
         inversely proportional to the prediction's spread, would freeze that of the first steps.
-      normalize_target, image_weights: whether each target is normalised, and how images count;
-        losses.PRESETS names the pairs.
+      normalize_target, image_weights: whether SSI sees each target normalised or metric, and how
+        images count; losses.PRESETS names the pairs.
       The rest: METHOD 3 and 4.
 
     Returns:
@@ -53,6 +53,11 @@ def make_loss(
         raise ValueError(f"unknown terms {sorted(unknown)}; stage 2 knows {list(known)}")
     if {"latent", "teacher"} & set(terms) and teacher is None:
         raise ValueError("the terms latent and teacher compare with a teacher: none was given")
+    if {"latent", "teacher"} & set(terms) and model.prediction_type != teacher.prediction_type:
+        raise ValueError(
+            f"the student predicts {model.prediction_type}, its teacher {teacher.prediction_type}:"
+            " they cannot be compared"
+        )
 
     def loss_fn(params, frozen, batch):
         image = inference.to_float(batch["image"])
@@ -66,19 +71,23 @@ def make_loss(
         latent, _ = inference.predict_latent(model, params, rgb_latent)
         depth = inference.decode_depth(model, params, latent)
 
-        metric = alignment.to_space(jnp.where(mask, batch["depth"], 1), space)
+        of_fit = {"penalty": penalty, "stop_gradient_alignment": stop_gradient_alignment}
         hybrid = losses.hybrid_depth(
             depth,
-            target if normalize_target else metric,
+            target,
             mask,
-            penalty=penalty,
-            stop_gradient_alignment=stop_gradient_alignment,
+            **of_fit,
             delta=delta,
             alpha=alpha,
             tau=tau,
             num_scales=num_scales,
             min_valid=min_valid,
         )
+        if not normalize_target:  # the edges stay in normalised units (METHOD 4)
+            metric = alignment.to_space(jnp.where(mask, batch["depth"], 1), space)
+            hybrid["ssi"] = losses.scale_shift_invariant(
+                depth, metric, mask, **of_fit, min_valid=min_valid
+            )
         counted = hybrid["valid"] & ~hybrid["negative_scale"] if upright else hybrid["valid"]
         of_tasks = losses.image_weights(mask, counted, kind=image_weights)
         of_others = losses.image_weights(mask, has_target, kind=image_weights)

@@ -4,16 +4,10 @@ An autoencoder's two trees convert as one: `from_torch(tensors, {"encoder": ...,
 gives diffusers' prefixes `encoder.` and `decoder.`.
 """
 
-import os
-import pathlib
-import tempfile
 from collections.abc import Mapping
 from typing import Any
 
-import ml_dtypes  # noqa: F401  makes NumPy, and with it safetensors, know bfloat16
 import numpy as np
-import safetensors
-import safetensors.numpy
 
 from d3epth_jax.weights import keys
 
@@ -23,8 +17,9 @@ def from_torch(
 ) -> dict[str, Any]:
     """Arranges torch tensors as the tree `abstract_params` (leaves with a .shape).
 
-    Leaves are NumPy arrays in their own dtype, or in `dtype`. Raises ValueError listing every
-    missing, unexpected and wrongly shaped key.
+    Leaves are NumPy arrays in their own dtype, or in `dtype`; where nothing needs to change they
+    are views, so that tensors mapped from a file are read only when they are used. Raises
+    ValueError listing every missing, unexpected and wrongly shaped key.
     """
     expected = {
         keys.torch_key(path): (path, x) for path, x in keys.flatten(abstract_params).items()
@@ -39,20 +34,24 @@ def from_torch(
     for key, (path, abstract) in expected.items():
         if key not in tensors:
             continue
-        array = keys.from_torch_layout(path, tensors[key])
+        array = keys.from_torch_layout(path, tensors[key], len(abstract.shape))
         if array.shape != abstract.shape:
             wanted = _torch_shape(path, abstract)
             problems.append(f"wrong shape: {key} is {tensors[key].shape}, the model has {wanted}")
-        flat[path] = array if dtype is None else array.astype(dtype)
+        array = array if dtype is None else array.astype(dtype, copy=False)
+        # JAX may use a contiguous array where it lies: a mapped file is no place for parameters.
+        flat[path] = array.copy() if array.flags.c_contiguous else array
     if problems:
         raise ValueError("\n  ".join(["the weights do not fit the model:", *problems]))
     return keys.unflatten(flat)
 
 
-def to_torch(params: Mapping[str, Any]) -> dict[str, np.ndarray]:
-    """Gives our parameters torch's keys and layout; dtypes stay."""
+def to_torch(params: Mapping[str, Any], *, dtype: Any = None) -> dict[str, np.ndarray]:
+    """Gives our parameters torch's keys and layout, in their own dtype or in `dtype`."""
     return {
-        keys.torch_key(path): np.ascontiguousarray(keys.to_torch_layout(path, np.asarray(x)))
+        keys.torch_key(path): np.asarray(
+            keys.to_torch_layout(path, np.asarray(x)), dtype, order="C"
+        )
         for path, x in keys.flatten(params).items()
     }
 
@@ -76,43 +75,6 @@ def taesd_to_diffusers(
     if problems:
         raise ValueError("\n  ".join(["these are not TAESD's keys:", *problems]))
     return renamed
-
-
-def read_safetensors(path: str | os.PathLike) -> dict[str, np.ndarray]:
-    """Reads a safetensors file; bfloat16 tensors are NumPy arrays of ml_dtypes' bfloat16.
-
-    Raises FileNotFoundError, or ValueError if the file is not, or not all of, a safetensors file.
-    """
-    path = pathlib.Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"no weights file {path}")
-    try:
-        return safetensors.numpy.load_file(path)
-    except safetensors.SafetensorError as error:
-        raise ValueError(f"{path} is not a complete safetensors file ({error})") from error
-
-
-def write_safetensors(
-    path: str | os.PathLike,
-    tensors: Mapping[str, np.ndarray],
-    metadata: Mapping[str, str] | None = None,
-) -> None:
-    """Writes a safetensors file, whole or not at all: a temporary name first, then a rename.
-
-    The metadata says `format: pt`, without which diffusers does not load it.
-    """
-    path = pathlib.Path(path)
-    arrays = {key: np.require(tensor, requirements="C") for key, tensor in tensors.items()}
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    os.close(handle)
-    try:
-        safetensors.numpy.save_file(arrays, temporary, {"format": "pt", **(metadata or {})})
-        # mkstemp's file is private; a released file is readable like any other.
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        pathlib.Path(temporary).unlink(missing_ok=True)
-        raise
 
 
 def _torch_shape(path: keys.Path, abstract: Any) -> tuple[int, ...]:

@@ -33,6 +33,25 @@ LEAVES = {"kernel": "weight", "scale": "weight", "embedding": "weight", "bias": 
 _FROM_TORCH = {2: (1, 0), 4: (2, 3, 1, 0)}
 _TO_TORCH = {2: (1, 0), 4: (3, 2, 0, 1)}
 
+# Beginning of our path -> torch's: these convolutions stand beside encoder and decoder there.
+_MOVED = {
+    "encoder.quant_conv": "quant_conv",
+    "decoder.post_quant_conv": "post_quant_conv",
+}
+
+# What files of other ages call differently -> the name that torch_key gives; None drops the tensor.
+_VAE_ATTENTION = r"(.*mid_block\.attentions\.\d+)\."
+AUTOENCODER_AGES = {  # diffusers before 0.17
+    _VAE_ATTENTION + r"query\.(.*)": r"\1.to_q.\2",
+    _VAE_ATTENTION + r"key\.(.*)": r"\1.to_k.\2",
+    _VAE_ATTENTION + r"value\.(.*)": r"\1.to_v.\2",
+    _VAE_ATTENTION + r"proj_attn\.(.*)": r"\1.to_out.0.\2",
+}
+TEXT_ENCODER_AGES = {  # a buffer that once was saved; the prefix, which not every version writes
+    r"(?:text_model\.)?embeddings\.position_ids": None,
+    r"((?:embeddings|encoder|final_layer_norm)\..*)": r"text_model.\1",
+}
+
 _NUMBERED = re.compile(rf"({'|'.join(NUMBERED)})_(\d+)")
 
 
@@ -45,11 +64,42 @@ def torch_key(path: Path) -> str:
     if leaf not in LEAVES:
         raise ValueError(f"parameter {'/'.join(path)}: the leaf must be one of {', '.join(LEAVES)}")
     names = [_NUMBERED.sub(r"\1.\2", m) if _NUMBERED.fullmatch(m) else m for m in modules]
-    return ".".join([*names, LEAVES[leaf]])
+    key = ".".join([*names, LEAVES[leaf]])
+    for ours, theirs in _MOVED.items():
+        if key.startswith(f"{ours}."):
+            return theirs + key.removeprefix(ours)
+    return key
 
 
-def from_torch_layout(path: Path, array: np.ndarray) -> np.ndarray:
-    """Reorders the axes of a torch array for the parameter at `path`."""
+def modern_names(tensors: Mapping[str, Any], ages: Mapping[str, str | None]) -> dict[str, Any]:
+    """Tensors under today's names, whatever age of diffusers or transformers wrote them.
+
+    Raises ValueError listing the keys that would become one.
+    """
+    renamed, origin, problems = {}, {}, []
+    for key, tensor in tensors.items():
+        name = key
+        for pattern, modern in ages.items():
+            if match := re.fullmatch(pattern, key):
+                name = modern and match.expand(modern)
+                break
+        if name is None:
+            continue
+        if name in renamed:
+            problems.append(f"{origin[name]} and {key} are both {name}")
+        renamed[name], origin[name] = tensor, key
+    if problems:
+        raise ValueError("\n  ".join(["tensors of two ages in one file:", *problems]))
+    return renamed
+
+
+def from_torch_layout(path: Path, array: np.ndarray, rank: int | None = None) -> np.ndarray:
+    """Reorders the axes of a torch array for the parameter at `path`, of the given rank.
+
+    A kernel of rank 2 may come as a 1x1 convolution's [O, I, 1, 1], as old autoencoders have it.
+    """
+    if rank == 2 and array.ndim == 4 and array.shape[2:] == (1, 1):
+        array = array[:, :, 0, 0]
     return _transpose(path, array, _FROM_TORCH)
 
 

@@ -1,0 +1,385 @@
+"""The command line: d3epth predict photo.jpg --model runs/stage2/model --out depth
+
+A subcommand is a function that adds its arguments, and one that runs it and returns the exit code;
+`main` lists them. Nothing heavy is imported before a command runs: `--help` answers at once.
+"""
+
+import argparse
+import contextlib
+import dataclasses
+import itertools
+import logging
+import os
+import pathlib
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+
+log = logging.getLogger(__name__)
+
+SUFFIXES = (
+    *(".jpg", ".jpeg", ".png", ".webp", ".tif", ".tiff"),
+    *(".bmp", ".gif", ".ppm", ".pgm", ".jp2", ".avif"),
+)
+OUTPUTS = ("_depth.png", "_color.png", ".npy", "_uncertainty.npy")
+
+OK, SOME_FAILED, UNUSABLE, INTERRUPTED = 0, 1, 2, 130
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs a subcommand; returns the exit code (argparse exits by itself with 2)."""
+    parser = argparse.ArgumentParser(prog="d3epth", description="Depth from single pictures.")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    for add in (add_predict, add_convert):
+        add(commands)
+    args = parser.parse_args(argv)
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    logging.getLogger("d3epth_jax").setLevel(logging.INFO)
+    try:
+        return args.run(args)
+    except KeyboardInterrupt:
+        print("\nd3epth: interrupted; what was done by then stays", file=sys.stderr)
+        return INTERRUPTED
+
+
+def add_predict(commands) -> None:
+    parser = commands.add_parser(
+        "predict",
+        help="depth maps of pictures",
+        description="Writes, for each picture NAME: NAME_depth.png (16 bits, 0..65535 is the "
+        "prediction's 0..1), NAME_color.png, and NAME.npy (float32 [H,W]). Depth is relative: up "
+        "to a scale and a shift. Unreadable pictures are skipped and listed at the end.",
+        epilog="Exit code: 0 all done, 1 some pictures failed, 2 no usable model or arguments, "
+        "130 interrupted.",
+    )
+    parser.set_defaults(run=predict, fail=parser.error)
+    add = parser.add_argument
+    add("inputs", nargs="+", type=pathlib.Path, metavar="IMAGE_OR_DIR", help="folders: recursively")
+    add("--model", required=True, help="a directory in diffusers' layout, or a hub id OWNER/NAME")
+    add("--out", required=True, type=pathlib.Path, help="folder of the results, made as needed")
+    add("--processing-resolution", type=_at_least(0), metavar="N",
+        help="longest side the networks see; 0: the picture's; default: the model's")  # fmt: skip
+    add("--steps", type=_at_least(1), metavar="N", help="denoising steps; default: the model's")
+    add("--ensemble-size", type=_at_least(1), default=1, metavar="N",
+        help="predictions per picture that are merged (models of many steps only)")  # fmt: skip
+    add("--batch-size", type=_at_least(1), default=1, metavar="N",
+        help="pictures of one size computed together")  # fmt: skip
+    add("--dtype", choices=("float32", "bfloat16"), default="float32")
+    add("--color-map", choices=("Spectral", "gray"), default="Spectral",
+        help="in either, near and far look the same whatever the model predicts")  # fmt: skip
+    add("--uncertainty", action="store_true",
+        help="also NAME_uncertainty.npy: how far the ensemble's members differ")  # fmt: skip
+    add("--seed", type=int, metavar="N", help="of the initial latents")
+    _add_where(parser)
+
+
+def _add_where(parser) -> None:
+    """Which version of a model, and from where."""
+    add = parser.add_argument
+    add("--revision", help="of a hub model: branch, tag or commit")
+    add("--variant", help="of the weights that are read, such as fp16")
+    add("--subfolder", help="of the model's repository or directory")
+    add("--cache-dir", help="of hub models")
+    add("--offline", action="store_true", help="only use hub models that are in the cache")
+
+
+def _where(args: argparse.Namespace) -> dict:
+    return {
+        "revision": args.revision,
+        "variant": args.variant,
+        "subfolder": args.subfolder,
+        "cache_dir": args.cache_dir,
+        "local_files_only": args.offline,
+    }
+
+
+def add_convert(commands) -> None:
+    parser = commands.add_parser(
+        "convert",
+        help="a model to diffusers' layout, in another number type if wished",
+        description="Reads a model directory, a hub model, or the newest checkpoint of a training "
+        "run (its workdir; averaged weights), and writes a directory that diffusers reads too. "
+        "Nothing is written unless all of it could be read.",
+    )
+    parser.set_defaults(run=convert)
+    add = parser.add_argument
+    add("source", help="a model directory, a hub id OWNER/NAME, or the workdir of a run")
+    add("out", type=pathlib.Path, help="the directory to write; an old one is replaced")
+    add("--dtype", choices=("float32", "bfloat16", "float16"), help="default: as they are")
+    add("--save-variant", metavar="NAME", help="put into the names of the weights' files (fp16)")
+    _add_where(parser)
+
+
+def convert(args: argparse.Namespace) -> int:
+    """`d3epth convert`: the exit code."""
+    import numpy as np
+
+    from d3epth_jax import train
+    from d3epth_jax.weights import hub
+
+    run = pathlib.Path(args.source)
+    try:
+        if (run / "checkpoints").is_dir():
+            model, params, text = train.read_run(run)
+        else:
+            model, params, text, _ = hub.load_model(args.source, param_dtype=None, **_where(args))
+        dtype = args.dtype and np.dtype(args.dtype)  # ml_dtypes, which hub imports, knows bfloat16
+        hub.save_model(args.out, model, params, text, dtype=dtype, variant=args.save_variant)
+    except (OSError, ValueError) as error:
+        print(f"d3epth: {args.source} cannot be converted:\n{error}", file=sys.stderr)
+        return UNUSABLE
+    print(f"{args.source} is in {args.out} now")
+    return OK
+
+
+def predict(args: argparse.Namespace) -> int:
+    """`d3epth predict`: the exit code, after everything that can be predicted has been."""
+    from d3epth_jax.progress import Progress
+
+    if args.uncertainty and args.ensemble_size < 2:
+        args.fail("--uncertainty compares an ensemble's members: set --ensemble-size to 2 or more")
+    try:
+        args.out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        args.fail(f"--out {args.out} cannot be made: {_reason(error)}")
+
+    failed: dict[pathlib.Path, str] = {}
+    pictures = name_outputs(find_pictures(args.inputs, args.out, failed), args.out)
+    batches = list(_batches(pictures, args.batch_size, failed))
+    _tell(failed)
+    total = len(failed) + sum(map(len, batches))
+    if not batches:
+        return _summary(args.out, total, failed)
+    try:
+        predictor = _load_predictor(args)
+    except (OSError, ValueError) as error:
+        print(f"d3epth: the model {args.model} cannot be used:\n{error}", file=sys.stderr)
+        return UNUSABLE
+
+    progress, done = Progress("predict", total, unit="picture"), len(failed)
+    for batch in batches:
+        before = len(failed)
+        _predict_batch(predictor, batch, args, failed)
+        if len(failed) > before:
+            progress.clear()
+            _tell(failed, before)
+        done += len(batch)
+        progress.update(done)
+    return _summary(args.out, total, failed)
+
+
+@dataclasses.dataclass(frozen=True)
+class Picture:
+    """A picture to predict, and what its results are called: `output` and a suffix of OUTPUTS."""
+
+    path: pathlib.Path
+    output: pathlib.Path
+
+    def file(self, suffix: str) -> pathlib.Path:
+        return self.output.with_name(self.output.name + suffix)
+
+
+def find_pictures(
+    inputs: Sequence[pathlib.Path], out: pathlib.Path, failed: dict[pathlib.Path, str]
+) -> list[tuple[pathlib.Path, pathlib.Path]]:
+    """(path, path below the folder that was named) of every picture, each once, in a fixed order.
+
+    Pictures named directly are taken whatever their suffix. What cannot be used goes into `failed`.
+    """
+    found = {}
+    for given in inputs:
+        if os.path.isdir(given):
+            inside = list(_walk(given, out, failed))
+            if not inside:
+                failed.setdefault(given, f"no picture in this folder ({' '.join(SUFFIXES)})")
+        elif os.path.exists(given):
+            inside = [given]
+        else:
+            inside = []
+            failed[given] = "no such file or folder"
+        for path in inside:
+            below = path.relative_to(given) if path != given else pathlib.Path(path.name)
+            found.setdefault(path.resolve(), (path, below))
+    return list(found.values())
+
+
+def _walk(root: pathlib.Path, out: pathlib.Path, failed) -> Iterator[pathlib.Path]:
+    """Pictures in a folder, without hidden ones and without results of this or an earlier run."""
+
+    def unreadable(error: OSError):
+        failed[pathlib.Path(error.filename)] = _reason(error)
+
+    out = out.resolve()
+    skip_out = root.resolve() in out.parents  # not if the results go beside the pictures
+    for name, folders, files in os.walk(root, onerror=unreadable):
+        folder = pathlib.Path(name)
+        folders[:] = sorted(
+            f for f in folders
+            if not f.startswith(".") and not (skip_out and (folder / f).resolve() == out)
+        )  # fmt: skip
+        for file in sorted(files):
+            path = folder / file
+            if (
+                path.suffix.lower() in SUFFIXES
+                and not file.startswith(".")
+                and not _is_result(path)
+            ):
+                yield path
+
+
+def _is_result(path: pathlib.Path) -> bool:
+    """NAME_depth.png or NAME_color.png beside NAME.npy, which is written first."""
+    return any(
+        path.name.endswith(end) and path.with_name(path.name.removesuffix(end) + ".npy").exists()
+        for end in OUTPUTS[:2]
+    )
+
+
+def name_outputs(
+    found: Sequence[tuple[pathlib.Path, pathlib.Path]], out: pathlib.Path
+) -> list[Picture]:
+    """Results go to `out`, in the subfolder and under the name of their picture.
+
+    Where two pictures would share a file, the later one is NAME_jpg, NAME_jpg_2 and so on. No
+    result takes the place of a picture that is read.
+    """
+    # Without case: some file systems do not know it.
+    taken = {str(path.resolve()).casefold() for path, _ in found}
+    pictures = []
+    for path, below in found:
+        plain = out / below.with_suffix("")
+        other = plain.with_name(f"{plain.name}_{below.suffix[1:]}")
+        more = (other.with_name(f"{other.name}_{number}") for number in itertools.count(2))
+        for output in itertools.chain((plain, other), more):
+            picture = Picture(path, output)
+            files = {str(picture.file(end).resolve()).casefold() for end in OUTPUTS}
+            if not files & taken:
+                break
+        taken |= files
+        pictures.append(picture)
+    return pictures
+
+
+def _batches(
+    pictures: Sequence[Picture], batch_size: int, failed: dict[pathlib.Path, str]
+) -> Iterator[list[Picture]]:
+    """Pictures of one size, `batch_size` at a time; sorted by size, so that each compiles once."""
+    from d3epth_jax import image
+
+    sizes = {}
+    for picture in pictures:
+        with _failing([picture], failed):
+            sizes[picture] = image.upright_size(picture.path)
+    for _, group in itertools.groupby(sorted(sizes, key=sizes.get), key=sizes.get):
+        group = list(group)
+        yield from (group[i : i + batch_size] for i in range(0, len(group), batch_size))
+
+
+def _load_predictor(args: argparse.Namespace):
+    """A function: (uint8 pictures, batch size) -> DepthOutput. Raises OSError or ValueError."""
+    import jax
+
+    from d3epth_jax.pipeline import DepthPipeline
+
+    pipe = DepthPipeline.from_pretrained(args.model, dtype=args.dtype, **_where(args))
+    settings = {
+        "processing_resolution": args.processing_resolution,
+        "num_inference_steps": args.steps,
+        "ensemble_size": args.ensemble_size,
+        "output_uncertainty": args.uncertainty,
+    }
+    if args.seed is not None:
+        settings["key"] = jax.random.key(args.seed)
+    return lambda arrays, batch_size: pipe(arrays, batch_size=batch_size, **settings)
+
+
+def _predict_batch(
+    predictor, batch: Sequence[Picture], args: argparse.Namespace, failed: dict[pathlib.Path, str]
+) -> None:
+    from d3epth_jax import image
+
+    arrays = {}
+    for picture in batch:
+        with _failing([picture], failed):
+            arrays[picture] = image.load(picture.path)
+    if arrays:
+        _predict_arrays(predictor, arrays, args.batch_size, args.color_map, failed)
+
+
+def _predict_arrays(predictor, arrays: dict, batch_size: int, color_map: str, failed) -> None:
+    trouble: dict[pathlib.Path, str] = {}
+    with _failing(arrays, trouble):
+        out = predictor(list(arrays.values()), batch_size)
+    if trouble and batch_size > 1:  # such as for want of memory: one by one
+        for picture, array in arrays.items():
+            _predict_arrays(predictor, {picture: array}, 1, color_map, failed)
+        return
+    failed.update(trouble)
+    for number, picture in enumerate([] if trouble else arrays):
+        with _failing([picture], failed):
+            _write(picture, out, number, color_map)
+
+
+def _write(picture: Picture, out, number: int, color_map: str) -> None:
+    from d3epth_jax import image
+
+    prediction = out.prediction[number]
+    far = prediction if out.prediction_type == "depth" else 1 - prediction  # disparities fall
+    _save_npy(picture.file(".npy"), prediction[..., 0])
+    image.save_png(picture.file("_depth.png"), image.export_depth_to_16bit_png(prediction))
+    image.save_png(picture.file("_color.png"), image.visualize_depth(far, color_map=color_map))
+    if out.uncertainty is not None:
+        _save_npy(picture.file("_uncertainty.npy"), out.uncertainty[number, ..., 0])
+
+
+def _save_npy(path: pathlib.Path, array) -> None:
+    """Atomic, as `image.save_png`."""
+    import numpy as np
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        with partial.open("wb") as file:
+            np.save(file, np.asarray(array, np.float32), allow_pickle=False)
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def _failing(pictures: Iterable[Picture], failed: dict[pathlib.Path, str]) -> Iterator[None]:
+    """Notes an error of these pictures instead of raising it. JAX's own are RuntimeErrors."""
+    try:
+        yield
+    except (OSError, ValueError, RuntimeError, MemoryError) as error:
+        log.debug("failed", exc_info=True)
+        failed.update({picture.path: _reason(error, picture.path) for picture in pictures})
+
+
+def _reason(error: Exception, path: pathlib.Path | None = None) -> str:
+    """One line, without the path that stands before it."""
+    text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+    text = " ".join(text.removeprefix(f"{path}: ").split()) or type(error).__name__
+    return text if len(text) <= 300 else f"{text[:300]} ..."
+
+
+def _tell(failed: dict[pathlib.Path, str], first: int = 0) -> None:
+    for path, reason in list(failed.items())[first:]:
+        print(f"d3epth: skipped {path}: {reason}", file=sys.stderr)
+
+
+def _summary(out: pathlib.Path, total: int, failed: dict[pathlib.Path, str]) -> int:
+    print(f"{total - len(failed)} of {total} pictures predicted; results are in {out}")
+    if not failed:
+        return OK
+    lines = [f"{path}: {reason}" for path, reason in failed.items()]
+    print("\n  ".join([f"d3epth: {len(failed)} failed:", *lines]), file=sys.stderr)
+    return SOME_FAILED
+
+
+def _at_least(minimum: int):
+    def integer(text: str) -> int:
+        if int(text) < minimum:
+            raise argparse.ArgumentTypeError(f"must be at least {minimum}, not {text}")
+        return int(text)
+
+    return integer
