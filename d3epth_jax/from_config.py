@@ -11,7 +11,7 @@ import numpy as np
 
 from d3epth_jax import data, losses, optim, sharding, weighting
 from d3epth_jax.data import loader
-from d3epth_jax.data.sources.folder import FolderError
+from d3epth_jax.data.sources.files import SourceError
 from d3epth_jax.models import presets
 from d3epth_jax.models.depth_model import DepthModel, count_params, init_params
 from d3epth_jax.stages import latent, pixel
@@ -75,13 +75,13 @@ def make_sources(config):
     for settings in (training, config.eval.source):
         try:
             sources.append(data.make_source(**settings))
-        except FolderError as error:
+        except SourceError as error:
             errors.append(error)
     if errors:
         roots = " and ".join(dict.fromkeys(str(error.root) for error in errors))
         # Both splits of one folder meet some problems, such as a missing file.
         problems = dict.fromkeys(problem for error in errors for problem in error.problems)
-        raise FolderError(roots, list(problems)) from errors[0]
+        raise SourceError(roots, list(problems)) from errors[0]
     paths = [s.get("path") for s in (training, config.eval.source)]
     if None not in paths and len({pathlib.Path(path).resolve() for path in paths}) == 1:
         require_apart(*sources)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from d3epth_jax import baselines
-from d3epth_jax.data.sources.folder import FolderSource
+from d3epth_jax.data.sources.folder import folder
 from d3epth_jax.evaluation import Predictor, evaluate, format_table
 from tests.conftest import scenes
 
@@ -125,7 +125,7 @@ def test_table_columns_align():
 
 def test_ramp_and_constant_on_the_real_pictures_score_as_published(shared):
     """FIELD.md's table, to its three digits."""
-    source = FolderSource(str(shared / "rgbd"))
+    source = folder(str(shared / "rgbd"))
     predictors = {"constant": Predictor(baselines.constant), "ramp": Predictor(baselines.ramp)}
     results = evaluate(predictors, source, batch_size=8, num_pictures=0, **LIMITS)
     expected = {

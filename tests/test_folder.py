@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from d3epth_jax.data.sources.folder import FolderError, FolderSource, read_depth
+from d3epth_jax.data.sources.files import SourceError
+from d3epth_jax.data.sources.folder import folder, read_depth
 
 SHAPE = (12, 16)
 
@@ -39,7 +40,7 @@ def entry(source, stem, **fields):
 
 
 def test_real_pairs_as_they_are(shared):
-    source = FolderSource(shared / "rgbd")
+    source = folder(shared / "rgbd")
     index = json.loads((shared / "rgbd" / "index.json").read_text())
     assert len(source) == len(index) == 65
     assert len({source.group(i) for i in range(65)}) == 7
@@ -73,13 +74,13 @@ def test_all_problems_at_once_before_training(tmp_path):
     entries.append(entry("a", "scale", depth_scale=0.001))
     write_index(tmp_path, entries)
 
-    with pytest.raises(FolderError) as caught:
-        FolderSource(tmp_path)
+    with pytest.raises(SourceError) as caught:
+        folder(tmp_path)
     text = str(caught.value)
     assert len(caught.value.problems) == 8
     for expected in (
         "lonely.png: missing depth",
-        "absent.png: missing picture",
+        "absent.png: missing image",
         "absent.png: missing depth",
         "sizes.png: picture is 16x12 but its depth",
         "15x12",
@@ -97,41 +98,41 @@ def test_skipping_is_counted_and_logged_by_name(tmp_path, caplog):
         write_pair(tmp_path, "a", name)
     write_pair(tmp_path, "a", "1", depth=0)
     with caplog.at_level(logging.WARNING):
-        source = FolderSource(tmp_path, depth_scale=1000, on_error="skip")
+        source = folder(tmp_path, depth_scale=1000, on_error="skip")
     assert [source.name(i) for i in range(len(source))] == ["a/0", "a/2"]
-    assert "1 of 3 pairs skipped" in caplog.text and "depth/1.png: no valid pixel" in caplog.text
+    assert "1 of 3 samples skipped" in caplog.text and "depth/1.png: no valid pixel" in caplog.text
 
     for name in ("0", "2"):
         write_pair(tmp_path, "a", name, depth=0)
-    with pytest.raises(FolderError, match="3 problem"):
-        FolderSource(tmp_path, depth_scale=1000, on_error="skip")
+    with pytest.raises(SourceError, match="3 problem"):
+        folder(tmp_path, depth_scale=1000, on_error="skip")
 
 
 def test_folders_without_an_index(tmp_path):
     write_pair(tmp_path, "b/indoor", "x")
     write_pair(tmp_path, "a", "y", suffix=".npy", depth=3.5)
     (tmp_path / "a/rgb/notes.txt").write_text("no picture")
-    source = FolderSource(tmp_path, depth_scale=500)
+    source = folder(tmp_path, depth_scale=500)
     assert [source.name(i) for i in range(2)] == ["a/y", "b/indoor/x"]
     assert [source.group(i) for i in range(2)] == ["a", "b/indoor"]
     assert source[0]["depth"][0, 0, 0] == 3.5  # .npy is in metres, whatever the scale
     assert source[1]["depth"][0, 0, 0] == 4.0
 
-    alone = FolderSource(tmp_path / "a")
+    alone = folder(tmp_path / "a")
     assert alone.name(0) == "y" and alone.group(0) == "a"
 
     (tmp_path / "a/depth/y.npy").rename(tmp_path / "a/depth/z.npy")
-    with pytest.raises(FolderError) as caught:
-        FolderSource(tmp_path)
+    with pytest.raises(SourceError) as caught:
+        folder(tmp_path)
     text = str(caught.value)
-    assert "rgb/y.png: missing depth" in text and "depth/z.npy: missing picture" in text
+    assert "rgb/y.png: missing depth" in text and "depth/z.npy: missing image" in text
     assert "x.png: no depth_scale" in text
 
     (tmp_path / "nothing").mkdir()
-    with pytest.raises(FolderError, match="no pairs"):
-        FolderSource(tmp_path / "nothing")
-    with pytest.raises(FolderError, match="no such folder"):
-        FolderSource(tmp_path / "nowhere")
+    with pytest.raises(SourceError, match="no pairs"):
+        folder(tmp_path / "nothing")
+    with pytest.raises(SourceError, match="no such folder"):
+        folder(tmp_path / "nowhere")
 
 
 def test_csv_index_elsewhere_with_default_scale(tmp_path):
@@ -141,7 +142,7 @@ def test_csv_index_elsewhere_with_default_scale(tmp_path):
         {"source": "a", "rgb": "rgb/x.png", "depth": "depth/x.png", "depth_scale": "500"},
     ]
     write_index(tmp_path, entries, "pairs.csv")
-    source = FolderSource(tmp_path, index="pairs.csv", depth_scale=250)
+    source = folder(tmp_path, index="pairs.csv", depth_scale=250)
     assert [source[i]["depth"][0, 0, 0] for i in range(2)] == [8.0, 4.0]
     assert [source.group(i) for i in range(2)] == ["scene", "a"]
 
@@ -158,8 +159,8 @@ def test_an_index_cannot_leave_the_folder(tmp_path):
         entry("a", "x", rgb="..\\secret\\rgb\\x.png"),
     ]
     write_index(tmp_path / "a", [entry("", "x"), *evil])
-    with pytest.raises(FolderError) as caught:
-        FolderSource(tmp_path / "a")
+    with pytest.raises(SourceError) as caught:
+        folder(tmp_path / "a")
     assert len(caught.value.problems) == len(evil)
     assert all("may leave the folder" in problem for problem in caught.value.problems)
 
@@ -168,16 +169,16 @@ def test_a_malformed_index(tmp_path):
     write_pair(tmp_path, "a", "x")
     entries = [entry("a", "x"), entry("a", "x"), {"rgb": "x.png"}, entry("a", "x", depth_scale=-1)]
     write_index(tmp_path, entries)
-    with pytest.raises(FolderError) as caught:
-        FolderSource(tmp_path)
+    with pytest.raises(SourceError) as caught:
+        folder(tmp_path)
     text = str(caught.value)
     assert "entry 2: no field 'depth'" in text
     assert "entry 3: depth_scale -1 is not a positive number" in text
     assert "'a/x' is already the name of" in text
     for broken, message in (("{", "unreadable index"), ('{"a": 1}', "a list of objects")):
         (tmp_path / "index.json").write_text(broken)
-        with pytest.raises(FolderError, match=message):
-            FolderSource(tmp_path)
+        with pytest.raises(SourceError, match=message):
+            folder(tmp_path)
 
 
 def test_split_and_list(tmp_path):
@@ -186,7 +187,7 @@ def test_split_and_list(tmp_path):
             write_pair(tmp_path, source, str(name))
 
     def names(**options):
-        source = FolderSource(tmp_path, depth_scale=1000, **options)
+        source = folder(tmp_path, depth_scale=1000, **options)
         return [source.name(i) for i in range(len(source))]
 
     assert names(split="validation") == ["a/4", "b/4"]
@@ -202,7 +203,7 @@ def test_split_and_list(tmp_path):
     (tmp_path / "list.txt").write_text("b/3\na/1\n\n")
     assert names(filename_list=tmp_path / "list.txt") == ["b/3", "a/1"]
     (tmp_path / "list.txt").write_text("b/3\nb/9\n")
-    with pytest.raises(FolderError, match="no pair is called 'b/9'"):
+    with pytest.raises(SourceError, match="no sample is called 'b/9'"):
         names(filename_list=tmp_path / "list.txt")
 
     # A damaged pair moves no other from one side of the split to the other.

@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 from configs import common, quickstart, stage1, stage2
 from d3epth_jax import main, train
 from d3epth_jax.checkpoint import Checkpoints
-from d3epth_jax.data.sources.folder import FolderError
+from d3epth_jax.data.sources.files import SourceError
 from d3epth_jax.metric_writer import MetricWriter, read_metrics
 from d3epth_jax.models import presets
 from d3epth_jax.models.depth_model import init_params
@@ -183,7 +183,7 @@ def test_every_broken_pair_is_reported_before_training(tmp_path):
     (root / "rgb/003.png").write_bytes(b"no picture")
     (root / "depth/005.png").write_bytes(b"no depth")
     config = teacher_config(root)
-    with pytest.raises(FolderError) as error:
+    with pytest.raises(SourceError) as error:
         train.run(config, tmp_path / "run")
     # 001 belongs to no split, 003 to the training's and 005 to the evaluation's.
     assert len(error.value.problems) == 3

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import numpy as np
 
 SOURCES = {
-    "folder": ("d3epth_jax.data.sources.folder", "FolderSource"),
+    "folder": ("d3epth_jax.data.sources.folder", "folder"),
     "procedural": ("d3epth_jax.data.procedural", "ProceduralSource"),
 }
 

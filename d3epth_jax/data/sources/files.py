@@ -1,0 +1,278 @@
+"""What every source of files is: a list of items, checked as a whole, and a way to read one.
+
+A source module lists the items of its public layout and says how one is read; the rest is here.
+"""
+
+import logging
+import math
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path, PureWindowsPath
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from d3epth_jax import image as image_lib
+
+log = logging.getLogger(__name__)
+
+Sample = dict[str, np.ndarray]
+
+PLAUSIBLE_MEDIAN = (0.01, 1000.0)  # metres; outside, the unit is likely wrong
+LISTED = 100  # problems printed; `SourceError.problems` has them all
+
+
+class SourceError(ValueError):
+    """Everything wrong with a source (`.root`), in one message; `.problems` lists it."""
+
+    def __init__(self, root, problems: Sequence[str]):
+        self.root, self.problems = root, list(problems)
+        listed = "".join(f"\n  {problem}" for problem in self.problems[:LISTED])
+        hidden = len(self.problems) - LISTED
+        more = f"\n  and {hidden} more (see .problems)" if hidden > 0 else ""
+        super().__init__(f"{root}: {len(self.problems)} problem(s):{listed}{more}")
+
+
+@dataclass(frozen=True)
+class Item:
+    """One sample, not yet read.
+
+    Attributes:
+      name: unique in its source, safe as a relative path ("ai_001_001/cam_00/0000").
+      group: what means are taken over, and what is held out as a whole: scene, city, sensor.
+      files: all that must exist, by what they hold: "image", "depth", and others.
+      settings: what `read` needs besides, such as {"depth_scale": 1000.0}.
+    """
+
+    name: str
+    group: str
+    files: Mapping[str, Path]
+    settings: Mapping[str, Any] = field(default_factory=dict)
+
+
+class FileSource:
+    """Random access to samples: image uint8 [H,W,3], depth metres f32 [H,W,1], mask bool [H,W,1].
+
+    Args:
+      root: the data set's folder.
+      items: its samples, in a fixed order.
+      read: item -> sample; a function that workers can unpickle. It raises OSError or ValueError
+        saying what is wrong with which file. 0 is the depth where the mask is False.
+      shape: (H, W) of every sample, or item -> (H, W) without reading all of it; None: the
+        picture's.
+      filename_list: text file of item names, one a line: only these, in its order.
+      problems: what was found wrong while the items were listed.
+      min_valid: a depth map with fewer known pixels is a problem.
+      check: "names" looks whether the files exist, "content" also decodes every sample (`check`).
+      on_error: "raise" lists every problem in one SourceError; "skip" drops such items, and logs
+        them.
+
+    Raises SourceError.
+    """
+
+    def __init__(
+        self,
+        root,
+        items: Iterable[Item],
+        read: Callable[[Item], Sample],
+        *,
+        shape: tuple[int, int] | Callable[[Item], tuple[int, int]] | None = None,
+        filename_list: str = "",
+        problems: Sequence[str] = (),
+        min_valid: int = 16,
+        check: str = "names",
+        on_error: str = "raise",
+    ):
+        for name, value, known in (
+            ("check", check, ("names", "content")),
+            ("on_error", on_error, ("raise", "skip")),
+        ):
+            if value not in known:
+                raise ValueError(f"{name} must be {known[0]!r} or {known[1]!r}, got {value!r}")
+        self.root = Path(root)
+        self._read, self._shape, self._min_valid = read, shape, min_valid
+        items, repeated = _unique(items)
+        problems = [*problems, *repeated]
+        if filename_list:
+            items, unknown = choose(items, filename_list)
+            problems += unknown
+        if not items and not problems:
+            problems.append("no sample found in it")
+        found = {
+            "names": lambda: [_missing(item) for item in items],
+            "content": lambda: _in_threads(self._problems, items),
+        }[check]()
+        self._items = [item for item, bad in zip(items, found, strict=True) if not bad]
+        problems += [problem for bad in found for problem in bad]
+        # One file may be missing to many items, such as a camera's parameters.
+        problems = list(dict.fromkeys(problems))
+        if problems and (on_error == "raise" or not self._items):
+            raise SourceError(root, problems)
+        if problems:
+            log.warning(
+                "%s: %d of %d samples skipped, %d problem(s):\n  %s",
+                root,
+                len(items) - len(self._items),
+                len(items),
+                len(problems),
+                "\n  ".join(problems),
+            )
+
+    def __len__(self) -> int:
+        return len(self._items)
+
+    def __getitem__(self, i) -> Sample:
+        item = self._items[i]
+        sample = self._read(item)
+        if sample["image"].shape[:2] != sample["depth"].shape[:2]:
+            sizes = [f"{s.shape[1]}x{s.shape[0]}" for s in (sample["image"], sample["depth"])]
+            raise ValueError(
+                f"{item.files['image']}: picture is {sizes[0]} but its depth"
+                f" {item.files['depth']} {sizes[1]}"
+            )
+        return sample
+
+    def name(self, i) -> str:
+        """Unique name, "source/00010"; safe as a relative path."""
+        return self._items[i].name
+
+    def group(self, i) -> str:
+        """Where the sample comes from, for means per source."""
+        return self._items[i].group
+
+    def files(self, i) -> Mapping[str, Path]:
+        return self._items[i].files
+
+    def shape(self, i) -> tuple[int, int]:
+        """(H, W) of the sample, without reading all of it."""
+        item = self._items[i]
+        if self._shape is None:
+            return image_lib.upright_size(item.files["image"])
+        return self._shape(item) if callable(self._shape) else self._shape
+
+    def check(self, i) -> list[str]:
+        """What is wrong with the sample's content; it is read in full: damage hides in the body."""
+        return self._problems(self._items[i])
+
+    def _problems(self, item: Item) -> list[str]:
+        if missing := _missing(item):
+            return missing
+        try:
+            return implausible(self._read(item), item, self._min_valid)
+        except (OSError, ValueError) as error:
+            return str(error).splitlines()
+
+
+def implausible(sample: Sample, item: Item, min_valid: int) -> list[str]:
+    """What a sample that could be read still shows to be wrong."""
+    picture, where = item.files["image"], item.files["depth"]
+    problems = []
+    sizes = [f"{a.shape[1]}x{a.shape[0]}" for a in (sample["image"], sample["depth"])]
+    if sizes[0] != sizes[1]:
+        problems.append(f"{picture}: picture is {sizes[0]} but its depth {where} {sizes[1]}")
+    known = sample["depth"][sample["mask"]]
+    if known.size < max(min_valid, 1):
+        problems.append(
+            f"{where}: {known.size or 'no'} valid pixel(s), {max(min_valid, 1)} are needed"
+        )
+    elif not PLAUSIBLE_MEDIAN[0] <= (median := float(np.median(known))) <= PLAUSIBLE_MEDIAN[1]:
+        unit = "its unit is probably another"
+        if where.suffix.lower() == ".npy":
+            unit = "the .npy is probably not in metres"
+        elif "depth_scale" in item.settings:
+            unit = f"depth_scale {item.settings['depth_scale']:g} is probably wrong"
+        problems.append(f"{where}: median depth {median:g} m is implausible; {unit}")
+    return problems
+
+
+def read_png_depth(path: Path, depth_scale: float) -> np.ndarray:
+    """Depth [H,W,1] in metres, float32, of a 16-bit (or 32-bit integer) PNG; 0 stays 0.
+
+    depth_scale: counts per metre. Raises ValueError that names the file.
+    """
+    return (read_png_counts(path).astype(np.float32) / np.float32(depth_scale))[..., None]
+
+
+def read_png_counts(path: Path) -> np.ndarray:
+    """The integers [H,W] of a 16-bit or 32-bit PNG. Raises ValueError that names the file."""
+    try:
+        with Image.open(path) as picture:
+            picture.load()
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise ValueError(f"{path}: unreadable: {error}") from error
+    if not picture.mode.startswith("I"):
+        raise ValueError(
+            f"{path}: Pillow mode {picture.mode!r}, not 16-bit or 32-bit integer: a depth PNG of"
+            " 8 bits or with colours is a visualisation, not depth"
+        )
+    return np.asarray(picture)
+
+
+def as_sample(image: np.ndarray, depth: np.ndarray, mask: np.ndarray | None = None) -> Sample:
+    """{image, depth, mask} from a picture and metres; unknown: not finite, not positive, masked."""
+    depth = np.asarray(depth, np.float32).reshape(*depth.shape[:2], 1)
+    known = np.isfinite(depth) & (depth > 0)
+    if mask is not None:
+        known &= mask.reshape(known.shape)
+    return {"image": image, "depth": np.where(known, depth, np.float32(0)), "mask": known}
+
+
+def is_below(text: str) -> bool:
+    """Whether a name from outside stays below the folder it is joined to, on any system."""
+    path = Path(text)
+    drive = PureWindowsPath(text).drive
+    return not (path.is_absolute() or ".." in path.parts or "\\" in text or drive)
+
+
+def positive(text) -> float | None:
+    """A finite positive number, or None."""
+    try:
+        value = float(text)
+    except (TypeError, ValueError):
+        return None
+    return value if math.isfinite(value) and value > 0 else None
+
+
+def require_folder(path) -> Path:
+    """The folder as a Path; SourceError if there is none."""
+    root = Path(path)
+    if not root.is_dir():
+        raise SourceError(root, ["no such folder"])
+    return root
+
+
+def _missing(item: Item) -> list[str]:
+    return [f"{path}: missing {kind}" for kind, path in item.files.items() if not path.is_file()]
+
+
+def _in_threads(function, items: Sequence[Item]) -> list:
+    with ThreadPoolExecutor(max_workers=min(32, (os.cpu_count() or 1) + 4)) as pool:
+        return list(pool.map(function, items))
+
+
+def _unique(items: Iterable[Item]) -> tuple[list[Item], list[str]]:
+    """The first item of each name, and the later ones as problems: names name output files."""
+    by_name: dict[str, Item] = {}
+    problems = []
+    for item in items:
+        if (first := by_name.setdefault(item.name, item)) is not item:
+            problems.append(
+                f"{item.files['image']}: {item.name!r} is already the name of"
+                f" {first.files['image']}"
+            )
+    return list(by_name.values()), problems
+
+
+def choose(items: list[Item], filename_list) -> tuple[list[Item], list[str]]:
+    """The items a list names, in its order, and the names it gives in vain."""
+    try:
+        lines = Path(filename_list).read_text(encoding="utf-8").splitlines()
+    except OSError as error:
+        return [], [f"{filename_list}: no readable list of names: {error.strerror}"]
+    names = list(dict.fromkeys(name for line in lines if (name := line.strip())))
+    by_name = {item.name: item for item in items}
+    problems = [f"{filename_list}: no sample is called {n!r}" for n in names if n not in by_name]
+    return [by_name[name] for name in names if name in by_name], problems
