@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 
 import jax
 import numpy as np
@@ -60,8 +61,15 @@ def params_sharding(tree, mesh: Mesh, *, min_size: int = 2**16):
 
 
 def put_params(tree, mesh: Mesh):
-    """Places a tree by `params_sharding`."""
-    return jax.device_put(tree, params_sharding(tree, mesh))
+    """Places a tree by `params_sharding`.
+
+    A few threads copy, since tensors mapped from a file are transposed as they are read. Several
+    hosts compare what they place, so there the order must be one.
+    """
+    leaves, structure = jax.tree.flatten(tree)
+    shardings = jax.tree.leaves(params_sharding(tree, mesh))
+    with ThreadPoolExecutor(4 if jax.process_count() == 1 else 1) as pool:
+        return structure.unflatten(pool.map(jax.device_put, leaves, shardings))
 
 
 def put_batch(batch: Mapping, mesh: Mesh) -> dict:

@@ -19,6 +19,9 @@ VAE_NORM_EPS = 1e-6  # everywhere in the KL autoencoder
 DOWNSAMPLE_PADDING = ((1, 1), (1, 1))
 VAE_DOWNSAMPLE_PADDING = ((0, 1), (0, 1))
 MAX_PERIOD = 10_000.0  # of the sinusoidal time embedding
+# Random parameters are depth_model.init_params' business: Linen is only asked for shapes, and
+# tracing its own initialisers would take a third of that.
+_ABSENT = nn.initializers.zeros
 
 
 def gelu(x: jax.Array) -> jax.Array:
@@ -35,16 +38,48 @@ def layer_norm(name: str, dtype: Any) -> nn.LayerNorm:
     return nn.LayerNorm(epsilon=LAYER_NORM_EPS, dtype=dtype, use_fast_variance=False, name=name)
 
 
-def conv(name: str, features: int, dtype: Any, *, kernel_size: int = 3) -> nn.Conv:
-    """A convolution that keeps the size."""
+def conv(
+    name: str,
+    features: int,
+    dtype: Any,
+    *,
+    kernel_size: int = 3,
+    strides: int = 1,
+    padding: tuple | None = None,
+    use_bias: bool = True,
+) -> nn.Conv:
+    """A convolution; by default its padding keeps the size."""
     pad = kernel_size // 2
     return nn.Conv(
         features,
         (kernel_size, kernel_size),
-        padding=((pad, pad), (pad, pad)),
+        strides=strides,
+        padding=padding or ((pad, pad), (pad, pad)),
+        use_bias=use_bias,
         dtype=dtype,
+        kernel_init=_ABSENT,
         name=name,
     )
+
+
+def dense(name: str, features: int, dtype: Any, *, use_bias: bool = True) -> nn.Dense:
+    return nn.Dense(features, use_bias=use_bias, dtype=dtype, kernel_init=_ABSENT, name=name)
+
+
+def check_latent(what: str, x: jax.Array, channels: int) -> None:
+    """Raises ValueError unless x is [B, h, w, channels]."""
+    if x.ndim != 4 or x.shape[-1] != channels:
+        raise ValueError(f"{what} has shape {x.shape}, expected [B, height, width, {channels}]")
+
+
+def check_image(what: str, image: jax.Array, channels: int, multiple: int) -> None:
+    """`check_latent`, and ValueError unless both sides are multiples of a latent's cell."""
+    check_latent(f"{what}: image", image, channels)
+    if any(side % multiple for side in image.shape[1:3]):
+        raise ValueError(
+            f"{what}: an image of {image.shape[1]} x {image.shape[2]} pixels; both sides must be"
+            f" multiples of {multiple}: pad it"
+        )
 
 
 def timestep_embedding(
@@ -92,8 +127,8 @@ class TimeEmbedding(nn.Module):
 
     @nn.compact
     def __call__(self, x):
-        x = nn.silu(nn.Dense(self.features, dtype=self.dtype, name="linear_1")(x))
-        return nn.Dense(self.features, dtype=self.dtype, name="linear_2")(x)
+        x = nn.silu(dense("linear_1", self.features, self.dtype)(x))
+        return dense("linear_2", self.features, self.dtype)(x)
 
 
 class ResnetBlock(nn.Module):
@@ -113,7 +148,7 @@ class ResnetBlock(nn.Module):
         h = nn.silu(group_norm("norm1", self.groups, self.eps, self.dtype)(x))
         h = conv("conv1", self.features, self.dtype)(h)
         if temb is not None:
-            shift = nn.Dense(self.features, dtype=self.dtype, name="time_emb_proj")(temb)
+            shift = dense("time_emb_proj", self.features, self.dtype)(temb)
             h += shift[:, None, None]
         h = nn.silu(group_norm("norm2", self.groups, self.eps, self.dtype)(h))
         h = conv("conv2", self.features, self.dtype)(h)
@@ -132,13 +167,13 @@ def project_and_attend(
     batch, tokens, channels = x.shape
 
     def project(name, inputs):
-        y = nn.Dense(channels, use_bias=use_bias, dtype=dtype, name=name)(inputs)
+        y = dense(name, channels, dtype, use_bias=use_bias)(inputs)
         y = y.reshape(*y.shape[:2], heads, channels // heads)
         # A prompt shared by the batch is projected once.
         return jnp.broadcast_to(y, (batch, *y.shape[1:]))
 
     out = attention(project("to_q", x), project("to_k", context), project("to_v", context))
-    return nn.Dense(channels, dtype=dtype, name="to_out_0")(out.reshape(batch, tokens, channels))
+    return dense("to_out_0", channels, dtype)(out.reshape(batch, tokens, channels))
 
 
 class Attention(nn.Module):
@@ -160,7 +195,7 @@ class Geglu(nn.Module):
 
     @nn.compact
     def __call__(self, x):
-        x = nn.Dense(2 * self.features, dtype=self.dtype, name="proj")(x)
+        x = dense("proj", 2 * self.features, self.dtype)(x)
         value, gate = jnp.split(x, 2, axis=-1)
         return value * gelu(gate)
 
@@ -173,7 +208,7 @@ class FeedForward(nn.Module):
     @nn.compact
     def __call__(self, x):
         h = Geglu(4 * x.shape[-1], self.dtype, name="net_0")(x)
-        return nn.Dense(x.shape[-1], dtype=self.dtype, name="net_2")(h)
+        return dense("net_2", x.shape[-1], self.dtype)(h)
 
 
 class TransformerBlock(nn.Module):
@@ -210,7 +245,7 @@ class SpatialTransformer(nn.Module):
 
         def project(name):
             if self.linear:
-                return nn.Dense(channels, dtype=self.dtype, name=name)
+                return dense(name, channels, self.dtype)
             return conv(name, channels, self.dtype, kernel_size=1)
 
         h = group_norm("norm", self.groups, TRANSFORMER_NORM_EPS, self.dtype)(x)
@@ -228,14 +263,8 @@ class Downsample(nn.Module):
 
     @nn.compact
     def __call__(self, x):
-        return nn.Conv(
-            x.shape[-1],
-            (3, 3),
-            strides=2,
-            padding=self.padding or DOWNSAMPLE_PADDING,
-            dtype=self.dtype,
-            name="conv",
-        )(x)
+        padding = self.padding or DOWNSAMPLE_PADDING
+        return conv("conv", x.shape[-1], self.dtype, strides=2, padding=padding)(x)
 
 
 class Upsample(nn.Module):

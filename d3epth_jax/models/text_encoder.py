@@ -81,12 +81,12 @@ class _SelfAttention(nn.Module):
         batch, tokens, channels = x.shape
         heads = self.config.num_attention_heads
         q, k, v = (
-            nn.Dense(channels, name=f"{name}_proj")(x).reshape(batch, tokens, heads, -1)
+            layers.dense(f"{name}_proj", channels, None)(x).reshape(batch, tokens, heads, -1)
             for name in "qkv"
         )
         mask = jnp.tril(jnp.ones((tokens, tokens), bool)) if CAUSAL else None
         h = layers.attention(q, k, v, mask=mask).reshape(batch, tokens, channels)
-        return nn.Dense(channels, name="out_proj")(h)
+        return layers.dense("out_proj", channels, None)(h)
 
 
 class _Perceptron(nn.Module):
@@ -95,8 +95,8 @@ class _Perceptron(nn.Module):
     @nn.compact
     def __call__(self, x):
         activation = quick_gelu if self.config.hidden_act == "quick_gelu" else layers.gelu
-        h = activation(nn.Dense(self.config.intermediate_size, name="fc1")(x))
-        return nn.Dense(x.shape[-1], name="fc2")(h)
+        h = activation(layers.dense("fc1", self.config.intermediate_size, None)(x))
+        return layers.dense("fc2", x.shape[-1], None)(h)
 
 
 def _norm(config: TextEncoderConfig, name: str) -> nn.LayerNorm:

@@ -11,10 +11,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from d3epth_jax.models import layers
 from d3epth_jax.models.config import TinyAutoencoderConfig
-from d3epth_jax.models.layers import upsample_nearest
-
-_PAD_ONE = ((1, 1), (1, 1))
 
 
 class TinyEncoder(nn.Module):
@@ -30,23 +28,18 @@ class TinyEncoder(nn.Module):
     @nn.compact
     def __call__(self, image: jax.Array) -> jax.Array:
         c = self.config
-        _check("TinyEncoder: image", image, c.in_channels)
-        if any(side % c.downsampling for side in image.shape[1:3]):
-            raise ValueError(
-                f"TinyEncoder: an image of {image.shape[1]} x {image.shape[2]} pixels; both sides "
-                f"must be multiples of {c.downsampling}: pad it"
-            )
+        layers.check_image("TinyEncoder", image, c.in_channels, c.downsampling)
         width = c.encoder_block_out_channels[0]
-        layers = _Layers(self.dtype, self.remat)
+        numbered = _Layers(self.dtype, self.remat)
         x = (image + 1) / 2
         for stage, blocks in enumerate(c.num_encoder_blocks):
             if stage == 0:
-                x = layers.conv(width)(x)
+                x = numbered.conv(width)(x)
             else:
-                x = layers.conv(width, strides=2, use_bias=False)(x)
+                x = numbered.conv(width, strides=2, use_bias=False)(x)
             for _ in range(blocks):
-                x = layers.block()(x)
-        return layers.conv(c.latent_channels)(x)
+                x = numbered.block()(x)
+        return numbered.conv(c.latent_channels)(x)
 
 
 class TinyDecoder(nn.Module):
@@ -63,21 +56,21 @@ class TinyDecoder(nn.Module):
     @nn.compact
     def __call__(self, latent: jax.Array) -> jax.Array:
         c = self.config
-        _check("TinyDecoder: latent", latent, c.latent_channels)
+        layers.check_latent("TinyDecoder: latent", latent, c.latent_channels)
         width = c.decoder_block_out_channels[0]
-        layers = _Layers(self.dtype, self.remat)
+        numbered = _Layers(self.dtype, self.remat)
         x = 3 * jnp.tanh(latent / 3)
-        x = nn.relu(layers.conv(width)(x))
-        layers.skip()
+        x = nn.relu(numbered.conv(width)(x))
+        numbered.skip()
         for blocks in c.num_decoder_blocks[:-1]:
             for _ in range(blocks):
-                x = layers.block()(x)
-            layers.skip()
-            x = upsample_nearest(x, (2 * x.shape[1], 2 * x.shape[2]))
-            x = layers.conv(width, use_bias=False)(x)
+                x = numbered.block()(x)
+            numbered.skip()
+            x = layers.upsample_nearest(x, (2 * x.shape[1], 2 * x.shape[2]))
+            x = numbered.conv(width, use_bias=False)(x)
         for _ in range(c.num_decoder_blocks[-1]):
-            x = layers.block()(x)
-        x = layers.conv(c.out_channels, dtype=jnp.float32)(x)
+            x = numbered.block()(x)
+        x = numbered.conv(c.out_channels, dtype=jnp.float32)(x)
         return 2 * x - 1
 
 
@@ -94,7 +87,7 @@ class _Layers:
 
     def conv(self, features: int, **options) -> nn.Conv:
         options = {"dtype": self.dtype, **options}
-        return nn.Conv(features, (3, 3), padding=_PAD_ONE, name=self.skip(), **options)
+        return layers.conv(self.skip(), features, **options)
 
     def block(self) -> nn.Module:
         module = nn.remat(TinyBlock) if self.remat else TinyBlock
@@ -109,19 +102,8 @@ class TinyBlock(nn.Module):
     @nn.compact
     def __call__(self, x):
         def conv(name):
-            return nn.Conv(
-                x.shape[-1],
-                (3, 3),
-                padding=_PAD_ONE,
-                dtype=self.dtype,
-                name=name,
-            )
+            return layers.conv(name, x.shape[-1], self.dtype)
 
         h = nn.relu(conv("conv_0")(x))
         h = nn.relu(conv("conv_2")(h))
         return nn.relu(conv("conv_4")(h) + x)
-
-
-def _check(what: str, x: jax.Array, channels: int) -> None:
-    if x.ndim != 4 or x.shape[-1] != channels:
-        raise ValueError(f"{what} has shape {x.shape}, expected [B, height, width, {channels}]")

@@ -35,12 +35,7 @@ class KLEncoder(_Part):
     @nn.compact
     def __call__(self, image: jax.Array) -> jax.Array:
         c = self.config
-        _check("KLEncoder: image", image, c.in_channels)
-        if any(side % c.downsampling for side in image.shape[1:3]):
-            raise ValueError(
-                f"KLEncoder: an image of {image.shape[1]} x {image.shape[2]} pixels; both sides "
-                f"must be multiples of {c.downsampling}: pad it"
-            )
+        layers.check_image("KLEncoder", image, c.in_channels, c.downsampling)
         shared = {"config": c, "dtype": self.dtype, "remat": self.remat}
         x = layers.conv("conv_in", c.block_out_channels[0], self.dtype)(image)
         last = len(c.block_out_channels) - 1
@@ -68,7 +63,7 @@ class KLDecoder(_Part):
     @nn.compact
     def __call__(self, latent: jax.Array) -> jax.Array:
         c = self.config
-        _check("KLDecoder: latent", latent, c.latent_channels)
+        layers.check_latent("KLDecoder: latent", latent, c.latent_channels)
         shared = {"config": c, "dtype": self.dtype, "remat": self.remat}
         x = latent
         if c.use_post_quant_conv:
@@ -140,8 +135,3 @@ class SpatialAttention(nn.Module):
         h = h.reshape(x.shape[0], -1, x.shape[-1])
         h = layers.project_and_attend(h, h, heads=1, dtype=self.dtype, use_bias=True)
         return x + h.reshape(x.shape)
-
-
-def _check(what: str, x: jax.Array, channels: int) -> None:
-    if x.ndim != 4 or x.shape[-1] != channels:
-        raise ValueError(f"{what} has shape {x.shape}, expected [B, height, width, {channels}]")
