@@ -75,6 +75,19 @@ def components(*, sd2: bool, in_channels: int = 8, seed: int = 0) -> dict:
     }
 
 
+def ddim(**settings) -> diffusers.DDIMScheduler:
+    """Stable Diffusion 2's noise schedule, with other settings where they are given."""
+    published = {
+        "beta_start": 0.00085,
+        "beta_end": 0.012,
+        "beta_schedule": "scaled_linear",
+        "clip_sample": False,
+        "prediction_type": "v_prediction",
+        "steps_offset": 1,
+    }
+    return diffusers.DDIMScheduler(**published | settings)
+
+
 def marigold(
     directory: pathlib.Path, *, sd2: bool = True, steps: int = 1, **schedule
 ) -> diffusers.MarigoldDepthPipeline:
@@ -82,15 +95,7 @@ def marigold(
     schedule = {"timestep_spacing": "trailing", "set_alpha_to_one": True} | schedule
     pipe = diffusers.MarigoldDepthPipeline(
         **components(sd2=sd2),
-        scheduler=diffusers.DDIMScheduler(
-            beta_start=0.00085,
-            beta_end=0.012,
-            beta_schedule="scaled_linear",
-            clip_sample=False,
-            prediction_type=schedule.pop("prediction_type", "v_prediction"),
-            steps_offset=1,
-            **schedule,
-        ),
+        scheduler=ddim(**schedule),
         prediction_type="depth",
         default_denoising_steps=steps,
         default_processing_resolution=64,
@@ -105,15 +110,7 @@ def stable_diffusion(directory: pathlib.Path) -> None:
     """A plain Stable Diffusion, as people download it: 4 input channels, no depth."""
     pipe = diffusers.StableDiffusionPipeline(
         **components(sd2=True, in_channels=4),
-        scheduler=diffusers.DDIMScheduler(
-            beta_start=0.00085,
-            beta_end=0.012,
-            beta_schedule="scaled_linear",
-            clip_sample=False,
-            prediction_type="v_prediction",
-            set_alpha_to_one=False,
-            steps_offset=1,
-        ),
+        scheduler=ddim(set_alpha_to_one=False),
         safety_checker=None,
         feature_extractor=None,
         requires_safety_checker=False,

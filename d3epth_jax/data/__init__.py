@@ -7,7 +7,9 @@ import numpy as np
 
 SOURCES = {
     "folder": ("d3epth_jax.data.sources.folder", "folder"),
+    "hypersim": ("d3epth_jax.data.sources.hypersim", "hypersim"),
     "procedural": ("d3epth_jax.data.procedural", "ProceduralSource"),
+    "vkitti2": ("d3epth_jax.data.sources.vkitti2", "vkitti2"),
 }
 
 

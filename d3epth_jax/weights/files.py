@@ -150,10 +150,15 @@ def read_json(path: pathlib.Path) -> dict:
     return content
 
 
+def single_name(stem: str, variant: str | None = None) -> str:
+    """What the one file of a component's weights is called."""
+    return f"{stem}.{variant}.safetensors" if variant else f"{stem}.safetensors"
+
+
 def _names(stem: str, variant: str | None) -> tuple[str, str]:
     """The file of all weights, and the index of sharded ones."""
     part = f".{variant}" if variant else ""
-    return f"{stem}{part}.safetensors", f"{stem}.safetensors.index{part}.json"
+    return single_name(stem, variant), f"{stem}.safetensors.index{part}.json"
 
 
 def _read_shards(folder: pathlib.Path, index: pathlib.Path) -> dict[str, np.ndarray]:

@@ -131,7 +131,6 @@ def save_model(
     Every tensor comes from `params` and `text`, in its own type or in `dtype`. `variant` goes into
     the names of the weights' files ("fp16").
     """
-    part = f".{variant}" if variant else ""
     with files.fresh_directory(directory) as fresh:
         files.write_json(fresh / "model_index.json", _index(model, text))
         files.write_json(fresh / "unet/config.json", model.unet.to_dict())
@@ -143,7 +142,7 @@ def save_model(
         }
         for folder, tree in trees.items():
             tensors = convert.to_torch(tree, dtype=dtype)
-            files.write(fresh / folder / f"{STEM}{part}.safetensors", tensors)
+            files.write(fresh / folder / files.single_name(STEM, variant), tensors)
         if "prompt" in params:
             files.write(fresh / PROMPT, {"prompt": np.asarray(params["prompt"][0], np.float32)})
         if text is not None:

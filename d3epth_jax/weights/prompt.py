@@ -49,9 +49,8 @@ class PromptEncoder:
     def save(self, directory: pathlib.Path, *, dtype=None, variant: str | None = None) -> None:
         """Writes text_encoder/ and tokenizer/ below the directory."""
         files.write_json(directory / "text_encoder/config.json", self.config)
-        name = f"{STEM}.{variant}.safetensors" if variant else f"{STEM}.safetensors"
         tensors = convert.to_torch(self.params, dtype=dtype)
-        files.write(directory / "text_encoder" / name, tensors)
+        files.write(directory / "text_encoder" / files.single_name(STEM, variant), tensors)
         (directory / "tokenizer").mkdir()
         for name, content in self.tokenizer.items():
             (directory / "tokenizer" / name).write_bytes(content)
