@@ -1,8 +1,9 @@
-"""Checkpoints for exact resume: train state and data position, saved together by Orbax."""
+"""Orbax, all of it: checkpoints for exact resume, with the data position, and single trees."""
 
 import pathlib
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 
 
@@ -62,3 +63,27 @@ class Checkpoints:
 def abstract(tree):
     """Shapes, types and shardings of a tree of arrays."""
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), tree)
+
+
+def save_tree(directory: str | pathlib.Path, tree) -> None:
+    """Writes a tree of arrays to a directory that is not there yet."""
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(pathlib.Path(directory).absolute(), tree)
+
+
+def read_tree(directory: str | pathlib.Path):
+    """The tree of NumPy arrays in a directory, as it was saved, read on any machine.
+
+    Raises ValueError for a directory that is no complete checkpoint of Orbax.
+    """
+    directory = pathlib.Path(directory).absolute()
+    try:
+        with ocp.StandardCheckpointer() as checkpointer:
+            stored = checkpointer.metadata(directory).item_metadata.tree
+            here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+            target = jax.tree.map(
+                lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), stored
+            )
+            return jax.tree.map(np.asarray, checkpointer.restore(directory, target))
+    except (OSError, ValueError, KeyError, AttributeError) as error:
+        raise ValueError(f"{directory} is not a complete checkpoint of Orbax: {error}") from error

@@ -1,15 +1,19 @@
 """Model directories of diffusers' layout and of the hub: round trips, and what is refused."""
 
+import dataclasses
+import fnmatch
 import json
 import shutil
 
 import diffusers
+import huggingface_hub
 import jax
 import ml_dtypes
 import numpy as np
 import pytest
 import torch
 import transformers
+from huggingface_hub import errors
 
 from d3epth_jax import DepthPipeline, cli
 from d3epth_jax.weights import convert, files, hub
@@ -33,8 +37,6 @@ def test_bfloat16_is_torchs_cast(saved, tmp_path):
     DepthPipeline.from_pretrained(saved[0], dtype="bfloat16").save_pretrained(tmp_path / "ours")
     ours = oracle.tensors_below(tmp_path / "ours")
     for key, tensor in oracle.tensors_below(saved[0]).items():
-        if key.startswith("text_encoder/"):
-            continue
         cast = torch.from_numpy(tensor).to(torch.bfloat16).view(torch.int16).numpy()
         assert ours[key].dtype == ml_dtypes.bfloat16
         np.testing.assert_array_equal(ours[key].view(np.int16), cast, err_msg=key)
@@ -110,14 +112,37 @@ def test_convert_refuses_without_a_trace(saved, tmp_path, capsys):
     assert [path.name for path in tmp_path.iterdir()] == ["bad"]
 
 
-def test_stable_diffusion_itself_is_refused_with_advice(saved, tmp_path):
-    shutil.copytree(saved[0], tmp_path / "sd")
-    index = tmp_path / "sd/model_index.json"
-    index.write_text(json.dumps({"_class_name": "StableDiffusionPipeline"}))
+def test_stable_diffusion_itself_is_refused_with_advice(tmp_path):
+    oracle.stable_diffusion(tmp_path / "sd")
     with pytest.raises(
         ValueError, match=r"StableDiffusionPipeline.*predicts no depth.*config.init"
     ):
         DepthPipeline.from_pretrained(tmp_path / "sd")
+
+
+def test_e2e_ft_as_its_training_saves_it_is_one_step_from_zeros(saved, tmp_path, caplog):
+    """A StableDiffusionPipeline with 8 channels, a DDPMScheduler, and no word on how it is used."""
+    parts = saved[1].components
+    schedule = diffusers.DDPMScheduler.from_config(parts["scheduler"].config)
+    components = {name: parts[name] for name in ("unet", "vae", "text_encoder", "tokenizer")}
+    diffusers.StableDiffusionPipeline(
+        **components,
+        scheduler=schedule,
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    ).save_pretrained(tmp_path / "e2e")
+    with caplog.at_level("INFO"):
+        pipe = DepthPipeline.from_pretrained(tmp_path / "e2e")
+    assert "it is used as E2E-FT" in caplog.text
+    photo = oracle.photos()["small"]
+    zeros = np.zeros_like(oracle.latents_for(photo))
+    np.testing.assert_allclose(
+        pipe(photo, processing_resolution=64).prediction,
+        oracle.run(saved[1], photo, steps=1, latents=zeros),
+        atol=2e-5,
+    )
+    assert pipe.model.processing_resolution == 768
 
 
 def test_every_wrong_key_of_every_component_is_told_at_once(saved, tmp_path):
@@ -139,6 +164,97 @@ def test_every_wrong_key_of_every_component_is_told_at_once(saved, tmp_path):
     ):
         assert word in str(error.value)
     assert str(error.value).count("unexpected: extra.weight") == 2
+
+
+def test_every_wrong_setting_of_every_file_is_told_at_once(saved, tmp_path):
+    shutil.copytree(saved[0], tmp_path / "m")
+    for name, wrong in (
+        ("unet/config.json", {"block_out_channels": 320}),
+        ("vae/config.json", {"scaling_factor": None}),
+        ("scheduler/scheduler_config.json", {"beta_start": None}),
+        ("model_index.json", {"default_denoising_steps": "4", "prediction_type": "normals"}),
+    ):
+        path = tmp_path / "m" / name
+        path.write_text(json.dumps(json.loads(path.read_text()) | wrong))
+    with pytest.raises(ValueError) as error:
+        hub.load_model(tmp_path / "m")
+    lines = str(error.value).splitlines()
+    for name, word in (
+        ("unet/config.json", "a value of the wrong type"),
+        ("vae/config.json", "scaling_factor is null"),
+        ("scheduler_config.json", "NoneType"),
+        ("model_index.json", "default_denoising_steps '4'"),
+        ("model_index.json", "prediction_type 'normals'"),
+    ):
+        assert any(name in line for line in lines) and word in str(error.value), name
+
+
+def test_a_broken_text_encoder_is_told_with_the_rest(saved, tmp_path):
+    shutil.copytree(saved[0], tmp_path / "m")
+    for folder, name in (("unet", hub.STEM), ("text_encoder", "model")):
+        (tmp_path / "m" / folder / f"{name}.safetensors").write_bytes(b"torn")
+    with pytest.raises(ValueError, match=r"unet.*not a complete[\s\S]*text_encoder.*not a compl"):
+        hub.load_model(tmp_path / "m")
+
+
+def test_the_prompt_of_another_variant_is_another(saved, tmp_path):
+    """Files of both lie in one folder, as on the hub."""
+    for variant, dtype in ((None, torch.float32), ("fp16", torch.float16)):
+        pipe = diffusers.MarigoldDepthPipeline.from_pretrained(saved[0], torch_dtype=dtype)
+        pipe.save_pretrained(tmp_path / "both", variant=variant)
+    half = hub.load_model(tmp_path / "both", variant="fp16").params["prompt"]
+    full = hub.load_model(tmp_path / "both").params["prompt"]
+    np.testing.assert_array_equal(full, hub.load_model(saved[0]).params["prompt"])
+    assert 0 < np.abs(half - full).max() < 0.02
+
+
+def test_nothing_but_a_model_is_replaced(saved, tmp_path, capsys):
+    pipe = DepthPipeline.from_pretrained(saved[0])
+    (tmp_path / "thesis/other").mkdir(parents=True)
+    (tmp_path / "thesis/notes.txt").write_text("years of work")
+    with pytest.raises(FileExistsError, match=r"thesis holds more than a model.*notes.txt, other"):
+        pipe.save_pretrained(tmp_path / "thesis")
+    photo = tmp_path / "photo.jpg"
+    photo.write_bytes(b"picture")
+    assert cli.main(["convert", str(saved[0]), str(photo)]) == 2
+    assert "photo.jpg is a file" in capsys.readouterr().err
+    model = tmp_path / "model"
+    pipe.save_pretrained(model)
+    assert cli.main(["convert", str(model), f"{model}/../model", "--dtype", "float16"]) == 2
+    assert "is the source" in capsys.readouterr().err
+    assert photo.read_bytes() == b"picture" and (tmp_path / "thesis/notes.txt").exists()
+    (tmp_path / "empty").mkdir()
+    pipe.save_pretrained(tmp_path / "empty")
+    pipe.save_pretrained(tmp_path / "empty")  # its own model it replaces
+
+
+def test_orbax_and_back_is_bit_identical(saved, tmp_path, capsys):
+    assert cli.main(["convert", str(saved[0]), str(tmp_path / "o"), "--layout", "orbax"]) == 0
+    assert not list((tmp_path / "o").rglob("diffusion_pytorch_model*"))
+    assert cli.main(["convert", str(tmp_path / "o"), str(tmp_path / "again")]) == 0
+    oracle.assert_same_tensors(
+        oracle.tensors_below(tmp_path / "again"), oracle.tensors_below(saved[0])
+    )
+    config = json.loads((tmp_path / "o/unet/config.json").read_text())
+    config["cross_attention_dim"] = 24
+    (tmp_path / "o/unet/config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=r"wrong shape: unet/down_blocks_0.*attn2/to_k/kernel"):
+        hub.load_model(tmp_path / "o")
+    (tmp_path / "o/orbax/_METADATA").unlink()
+    with pytest.raises(ValueError, match="not a complete checkpoint of Orbax"):
+        hub.load_model(tmp_path / "o")
+
+
+def test_a_saved_model_names_the_hub_but_no_path_of_this_machine(saved, tmp_path):
+    secret = tmp_path / "home/alice/secret"
+    shutil.copytree(saved[0], secret)
+    DepthPipeline.from_pretrained(secret).save_pretrained(tmp_path / "out")
+    texts = [(tmp_path / "out" / name).read_text() for name in ("README.md", "model_index.json")]
+    assert not any("alice" in text for text in texts) and "base_model:" not in texts[0]
+    loaded = hub.load_model(saved[0])
+    model = dataclasses.replace(loaded.model, base="owner/model@abc")
+    hub.save_model(tmp_path / "out", model, loaded.params, loaded.text)
+    assert "\nbase_model: owner/model\n" in (tmp_path / "out/README.md").read_text()
 
 
 def test_truncated_files_and_pickles_are_refused(saved, tmp_path):
@@ -177,12 +293,55 @@ def test_broken_indices_are_refused(saved, tmp_path):
 
 
 def test_a_hub_id_that_cannot_be_had_is_one_clear_error(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"owner/model is not in .* and cannot be fetched"):
+    with pytest.raises(
+        FileNotFoundError, match=r"no directory owner/model, .* not in .* and cannot be fetched"
+    ):
         hub.load_model("owner/model", cache_dir=tmp_path, local_files_only=True)
     with pytest.raises(FileNotFoundError, match="no directory, and no hub id"):
         hub.load_model("no/such/directory")
     with pytest.raises(ValueError, match="must stay inside"):
         hub.load_model("owner/model", subfolder="../x")
+
+
+@pytest.mark.parametrize(
+    ("raised", "message"),
+    [
+        (OSError(28, "No space left on device"), "could not be downloaded: .*No space left"),
+        ("transport", "could not be downloaded: the server went away"),
+    ],
+)
+def test_why_a_download_failed_is_told(raised, message, monkeypatch):
+    if raised == "transport":
+        # The HTTP library's own error, which is no OSError.
+        kind = next(c for c in errors.HfHubHTTPError.__mro__ if c.__name__ == "HTTPError")
+        raised = kind("the server went away")
+
+    def fail(*args, **options):
+        raise raised
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", fail)
+    with pytest.raises(OSError, match=f"hub model owner/model {message}"):
+        hub.load_model("owner/model")
+
+
+def test_an_autoencoder_of_the_hub_lies_at_its_root(saved, tmp_path, monkeypatch):
+    """As stabilityai/sd-vae-ft-mse; the files that are asked for are those that are read."""
+    half = diffusers.AutoencoderKL.from_pretrained(
+        saved[0], subfolder="vae", torch_dtype=torch.float16
+    )
+    half.save_pretrained(tmp_path / "vae16", variant="fp16")
+
+    def fetch(name, allow_patterns, **options):
+        for path in (tmp_path / "vae16").iterdir():
+            if any(fnmatch.fnmatch(path.name, pattern) for pattern in allow_patterns):
+                (tmp_path / "cache").mkdir(exist_ok=True)
+                shutil.copy(path, tmp_path / "cache")
+        return str(tmp_path / "cache")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", fetch)
+    _, params = hub.load_autoencoder("owner/vae", variant="fp16")
+    theirs = half.state_dict()["decoder.conv_out.bias"].float().numpy()
+    np.testing.assert_array_equal(params["decoder"]["conv_out"]["bias"], theirs)
 
 
 def test_a_model_in_the_hubs_cache_is_found_offline(saved, tmp_path):
@@ -192,7 +351,7 @@ def test_a_model_in_the_hubs_cache_is_found_offline(saved, tmp_path):
     (repo / "refs").mkdir()
     (repo / "refs/main").write_text("a" * 40)
     loaded = hub.load_model("owner/model", cache_dir=tmp_path, local_files_only=True)
-    assert loaded.model.base == "owner/model"
+    assert loaded.model.base == f"owner/model@{'a' * 40}"
     with pytest.raises(FileNotFoundError):
         hub.load_model("owner/model", cache_dir=tmp_path, local_files_only=True, revision="b" * 40)
 

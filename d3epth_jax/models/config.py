@@ -352,10 +352,17 @@ def _from_dict(cls, json_dict, class_name, fixed, ignored):
             near = difflib.get_close_matches(key, known, n=1, cutoff=0.0)[0]
             problems.append(f"{key} = {value!r} is unknown; the nearest known name is {near!r}")
     given_fields = {key: value for key, value in json_dict.items() if key in fields}
+    problems += [
+        f"{field.name} is null"
+        for field in dataclasses.fields(cls)
+        if given_fields.get(field.name, 0) is None and "None" not in str(field.type)
+    ]
     try:
         config = cls(**given_fields)
     except ValueError as error:
         problems.append(str(error))
+    except TypeError as error:
+        problems.append(f"a value of the wrong type: {error}")
     _raise_if(f"cannot build this {class_name}", problems)
     return config
 

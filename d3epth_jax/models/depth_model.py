@@ -26,12 +26,13 @@ class DepthModel:
       autoencoder: encoder and decoder between pictures and latents.
       schedule: turns the UNet's output into the clean latent z0.
       prediction_type: what grows in the output: depth | disparity | sqrt_disparity (METHOD 2).
-      processing_resolution: the longest side pictures are resized to by default; 0 keeps theirs.
+      processing_resolution: the longest side pictures are resized to by default; 0 keeps theirs,
+        None: the user must say.
       timestep: where a single step starts (E2E-FT: the last).
       denoising_steps: of inference by default; None: the user must say.
       starts_at_zero: inference starts from zero latents whatever the number of steps.
       prompt_padding: of the empty prompt, "do_not_pad" or "max_length".
-      base: the directory or hub id that the weights come from; "" for none.
+      base: what the weights come from, OWNER/NAME@COMMIT or a folder's name; "" for nothing.
       dtype: compute type of the networks, "float32" or "bfloat16"; parameters stay float32.
       remat: recompute activations in the backward pass instead of keeping them.
     """
@@ -40,7 +41,7 @@ class DepthModel:
     autoencoder: AutoencoderConfig
     schedule: NoiseSchedule
     prediction_type: str = "depth"
-    processing_resolution: int = 0
+    processing_resolution: int | None = 0
     timestep: int = 999
     denoising_steps: int | None = 1
     starts_at_zero: bool = False

@@ -38,9 +38,12 @@ def from_torch(
         if array.shape != abstract.shape:
             wanted = _torch_shape(path, abstract)
             problems.append(f"wrong shape: {key} is {tensors[key].shape}, the model has {wanted}")
-        array = array if dtype is None else array.astype(dtype, copy=False)
-        # JAX may use a contiguous array where it lies: a mapped file is no place for parameters.
-        flat[path] = array.copy() if array.flags.c_contiguous else array
+        if dtype is not None and array.dtype != dtype:
+            array = array.astype(dtype)
+        elif array.flags.c_contiguous:
+            # JAX may use such an array where it lies: a mapped file is no place for parameters.
+            array = array.copy()
+        flat[path] = array
     if problems:
         raise ValueError("\n  ".join(["the weights do not fit the model:", *problems]))
     return keys.unflatten(flat)

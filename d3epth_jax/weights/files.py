@@ -16,6 +16,8 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
+from d3epth_jax import atomic
+
 log = logging.getLogger(__name__)
 
 # safetensors' names of types; ml_dtypes gives NumPy, and with it safetensors, bfloat16.
@@ -93,22 +95,13 @@ def write(
     tensors: Mapping[str, np.ndarray],
     metadata: Mapping[str, str] | None = None,
 ) -> None:
-    """Writes a safetensors file, whole or not at all: a temporary name first, then a rename.
+    """Writes a safetensors file, whole or not at all.
 
     The metadata says `format: pt`, without which diffusers does not load it.
     """
-    path = pathlib.Path(path)
     arrays = {key: np.require(tensor, requirements="C") for key, tensor in tensors.items()}
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    os.close(handle)
-    try:
-        safetensors.numpy.save_file(arrays, temporary, {"format": "pt", **(metadata or {})})
-        # mkstemp's file is private; a released file is readable like any other.
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        pathlib.Path(temporary).unlink(missing_ok=True)
-        raise
+    with atomic.replacing(path) as partial:
+        safetensors.numpy.save_file(arrays, partial, {"format": "pt", **(metadata or {})})
 
 
 @contextlib.contextmanager
@@ -165,6 +158,8 @@ def _read_shards(folder: pathlib.Path, index: pathlib.Path) -> dict[str, np.ndar
     where = read_json(index).get("weight_map")
     if not isinstance(where, dict) or not where:
         raise ValueError(f"{index} has no weight_map")
+    if odd := [name for name in where.values() if not isinstance(name, str)]:
+        raise ValueError(f"{index}: a shard's name is a text, not {odd[0]!r}")
     shards = sorted(set(where.values()))
     if outside := [name for name in shards if name != pathlib.PurePath(name).name or "\\" in name]:
         raise ValueError(f"{index} names files outside its folder: {outside}")

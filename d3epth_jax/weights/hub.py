@@ -8,32 +8,38 @@ empty_prompt.safetensors                                   its embedding [N,D]
 model_index.json                                           what the output means
 """
 
+import dataclasses
 import hashlib
 import logging
 import os
 import pathlib
-import re
 import tempfile
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 
+from d3epth_jax import checkpoint
 from d3epth_jax.alignment import SPACES
 from d3epth_jax.models.config import AutoencoderKLConfig, TinyAutoencoderConfig, UNetConfig
 from d3epth_jax.models.depth_model import DepthModel, abstract_autoencoder, abstract_params
 from d3epth_jax.schedule import NoiseSchedule
 from d3epth_jax.typing import Params
-from d3epth_jax.weights import convert, files, keys, prompt
+from d3epth_jax.weights import convert, download, files, keys, prompt
+from d3epth_jax.weights.download import STEM, locate
 from d3epth_jax.weights.prompt import PromptEncoder
 
 log = logging.getLogger(__name__)
 
-STEM = "diffusion_pytorch_model"
 PROMPT = "empty_prompt.safetensors"
-COMPONENTS = {"unet": STEM, "vae": STEM, "text_encoder": prompt.STEM}  # folder -> weights' name
+ORBAX = "orbax"  # the folder of {unet, encoder, decoder} in a model saved for JAX alone
 AUTOENCODERS = {"AutoencoderKL": AutoencoderKLConfig, "AutoencoderTiny": TinyAutoencoderConfig}
 DEPTH_PIPELINES = ("MarigoldDepthPipeline", "MarigoldPipeline")  # the second: Marigold's v1-0
+_OURS = {
+    *("model_index.json", "unet", "vae", "scheduler", "text_encoder", "tokenizer", "README.md"),
+    *(PROMPT, ORBAX, "feature_extractor", "safety_checker", ".gitattributes"),
+}
 _NEEDED = (
     "model_index.json",
     "unet/config.json",
@@ -78,43 +84,20 @@ def load_model(
         raise FileNotFoundError(
             f"{directory} is not a model directory in diffusers' layout; missing: {missing}"
         )
-    index = files.read_json(directory / "model_index.json")
-    _check_meaning(path_or_hub_id, index, any_pipeline)
-    vae = files.read_json(directory / "vae/config.json")
-    autoencoder = vae.get("_class_name", "AutoencoderKL")
-    if autoencoder not in AUTOENCODERS:
+    model, kind = _read_settings(directory)
+    predicts_depth = kind in DEPTH_PIPELINES
+    if not (predicts_depth or any_pipeline):
         raise ValueError(
-            f"{directory}/vae is a {autoencoder}: {' and '.join(AUTOENCODERS)} are read"
+            f"{path_or_hub_id} is a {kind}, which predicts no depth. To train a depth model from"
+            " it: python -m d3epth_jax.main --config=configs/d2.py"
+            f" --config.init={path_or_hub_id}"
         )
-    schedule = NoiseSchedule.from_dict(
-        files.read_json(directory / "scheduler/scheduler_config.json")
-    )
-    model = DepthModel(
-        unet=UNetConfig.from_dict(files.read_json(directory / "unet/config.json")),
-        autoencoder=AUTOENCODERS[autoencoder].from_dict(vae),
-        schedule=schedule,
-        timestep=int(schedule.timesteps(1)[0]),
-        prediction_type=index.get("prediction_type") or "depth",
-        processing_resolution=index.get("default_processing_resolution") or 0,
-        denoising_steps=index.get("default_denoising_steps"),
-        starts_at_zero=index.get("initial_latent") == "zeros",
-        prompt_padding=index.get("prompt_padding") or "do_not_pad",
-        base=index.get("base_model", str(path_or_hub_id)),
-        dtype=dtype,
-        remat=remat,
-    )
-    shapes = abstract_params(model)
-    autoencoder = {part: shapes[part] for part in ("encoder", "decoder")}
-    read = _read_trees(
-        directory, {"unet": shapes["unet"], "vae": autoencoder}, variant, param_dtype
-    )
-    params = {"unet": read["unet"], **read["vae"]}
-    text = None
-    if (directory / "text_encoder/config.json").is_file():
-        text = prompt.read(directory, variant=variant)
+    base = model.base or _origin(path_or_hub_id, directory)
+    model = dataclasses.replace(model, base=base, dtype=dtype, remat=remat)
+    params, text = _read_weights(directory, model, variant, param_dtype)
     if model.unet.needs_prompt:
         params["prompt"] = _read_prompt(directory, model, text)
-    return Loaded(model, params, text, index.get("_class_name") in DEPTH_PIPELINES)
+    return Loaded(model, params, text, predicts_depth)
 
 
 def save_model(
@@ -125,24 +108,29 @@ def save_model(
     *,
     dtype: Any = None,
     variant: str | None = None,
+    layout: str = "diffusers",
 ) -> None:
     """Writes a model directory; an old one is replaced only once the new one is complete.
 
     Every tensor comes from `params` and `text`, in its own type or in `dtype`. `variant` goes into
-    the names of the weights' files ("fp16").
+    the names of the weights' files ("fp16"). `layout`: "orbax" writes {unet, encoder, decoder} as
+    one Orbax tree beside the same JSON files, which `load_model` reads as well, but diffusers not.
+    FileExistsError if the directory holds anything but a model.
     """
+    require_replaceable(directory)
     with files.fresh_directory(directory) as fresh:
         files.write_json(fresh / "model_index.json", _index(model, text))
         files.write_json(fresh / "unet/config.json", model.unet.to_dict())
         files.write_json(fresh / "vae/config.json", model.autoencoder.to_dict())
         files.write_json(fresh / "scheduler/scheduler_config.json", model.schedule.to_dict())
-        trees = {
-            "unet": params["unet"],
-            "vae": {name: params[name] for name in ("encoder", "decoder")},
-        }
-        for folder, tree in trees.items():
-            tensors = convert.to_torch(tree, dtype=dtype)
-            files.write(fresh / folder / files.single_name(STEM, variant), tensors)
+        vae = {name: params[name] for name in ("encoder", "decoder")}
+        if layout == "orbax":
+            trees = {"unet": params["unet"], **vae}
+            checkpoint.save_tree(fresh / ORBAX, jax.tree.map(lambda x: np.asarray(x, dtype), trees))
+        for folder, tree in {"unet": params["unet"], "vae": vae}.items():
+            if layout == "diffusers":
+                tensors = convert.to_torch(tree, dtype=dtype)
+                files.write(fresh / folder / files.single_name(STEM, variant), tensors)
         if "prompt" in params:
             files.write(fresh / PROMPT, {"prompt": np.asarray(params["prompt"][0], np.float32)})
         if text is not None:
@@ -150,13 +138,32 @@ def save_model(
         (fresh / "README.md").write_text(_model_card(model))
 
 
-def load_autoencoder(path_or_hub_id: str | os.PathLike, **where) -> tuple[Any, Params]:
+def require_replaceable(directory: str | os.PathLike) -> None:
+    """Raises FileExistsError if writing a model there would take away anything but a model."""
+    path = pathlib.Path(directory)
+    if not path.exists():
+        return
+    strangers = (
+        sorted(p.name for p in path.iterdir() if p.name not in _OURS) if path.is_dir() else []
+    )
+    if not path.is_dir():
+        raise FileExistsError(f"{path} is a file: a model is written as a directory")
+    if strangers:
+        raise FileExistsError(
+            f"{path} holds more than a model, and would be replaced: choose another directory, or"
+            f" delete it. In it: {', '.join(strangers)}"
+        )
+
+
+def load_autoencoder(
+    path_or_hub_id: str | os.PathLike, *, variant: str | None = None, **where
+) -> tuple[Any, Params]:
     """An autoencoder alone: (config, {encoder, decoder} in float32).
 
     Reads diffusers' layout (config.json beside the weights, or in vae/), and upstream TAESD's two
     files, taesd_encoder.safetensors and taesd_decoder.safetensors. Errors as `load_model`.
     """
-    directory = locate(path_or_hub_id, **where)
+    directory = locate(path_or_hub_id, variant=variant, **where)
     names = [f"taesd_{part}.safetensors" for part in ("encoder", "decoder")]
     if all((directory / name).is_file() for name in names):
         config = TinyAutoencoderConfig()
@@ -171,40 +178,9 @@ def load_autoencoder(path_or_hub_id: str | os.PathLike, **where) -> tuple[Any, P
         if kind not in AUTOENCODERS:
             raise ValueError(f"{directory} is a {kind}: {' and '.join(AUTOENCODERS)} are read")
         config = AUTOENCODERS[kind].from_dict(content)
-        tensors = keys.modern_names(files.read_folder(directory, STEM), keys.AUTOENCODER_AGES)
+        tensors = files.read_folder(directory, STEM, variant=variant)
+        tensors = keys.modern_names(tensors, keys.AUTOENCODER_AGES)
     return config, convert.from_torch(tensors, abstract_autoencoder(config), dtype=np.float32)
-
-
-def locate(
-    path_or_hub_id: str | os.PathLike,
-    *,
-    revision: str | None = None,
-    variant: str | None = None,
-    subfolder: str | None = None,
-    cache_dir: str | os.PathLike | None = None,
-    token: str | None = None,
-    local_files_only: bool = False,
-) -> pathlib.Path:
-    """The directory of a model: a local one, or a download of the hub's, from its cache if there.
-
-    Only JSON, tokenizer files and the safetensors that will be read are downloaded. Raises
-    FileNotFoundError that says what was looked for, and ValueError for a subfolder outside.
-    """
-    if subfolder and (os.path.isabs(subfolder) or ".." in pathlib.PurePath(subfolder).parts):
-        raise ValueError(f"subfolder {subfolder!r} must stay inside the model")
-    directory = pathlib.Path(path_or_hub_id)
-    if not directory.is_dir():
-        name = str(path_or_hub_id)
-        if not re.fullmatch(r"[\w.-]+/[\w.-]+", name) or ".." in name:
-            raise FileNotFoundError(f"{name} is no directory, and no hub id OWNER/NAME either")
-        options = {
-            "revision": revision,
-            "cache_dir": cache_dir,
-            "token": token,
-            "local_files_only": local_files_only,
-        }
-        directory = _download(name, subfolder or "", variant, options)
-    return directory / (subfolder or "")
 
 
 def digest(path: str | os.PathLike) -> str:
@@ -231,80 +207,131 @@ def push(
     return str(url)
 
 
-def _download(name: str, subfolder: str, variant: str | None, options: Mapping) -> pathlib.Path:
-    import huggingface_hub  # half a second, and only needed here
-    from huggingface_hub import errors
+def _read_settings(directory: pathlib.Path) -> tuple[DepthModel, str]:
+    """(the model that the JSON files describe, its pipeline's class); all problems at once."""
+    problems = []
 
-    root = f"{subfolder}/" if subfolder else ""
-    texts = ["model_index.json", "config.json", "*/*.json", "tokenizer/merges.txt"]
-    texts += ["empty_prompt.safetensors", "taesd_*.safetensors"]
-
-    def fetch(patterns) -> pathlib.Path:
-        patterns = [root + pattern for pattern in patterns]
-        return pathlib.Path(
-            huggingface_hub.snapshot_download(name, allow_patterns=patterns, **options)
-        )
-
-    def weights(folders: Mapping[str, str], part: str) -> list[str]:
-        return [f"{f}/{stem}{part}{end}" for f, stem in folders.items() for end in _ENDS]
-
-    try:
-        directory = fetch([*texts, *weights(COMPONENTS, f".{variant}" if variant else "")])
-        if variant:
-            # A component without that variant comes in its plain form.
-            plain = {
-                folder: stem
-                for folder, stem in COMPONENTS.items()
-                if not files.has_weights(directory / root / folder, stem, variant)
-            }
-            directory = fetch([*texts, *weights(plain, "")]) if plain else directory
-        return directory
-    except errors.GatedRepoError as error:
-        why = "its licence must be accepted on its page first, by the owner of your token"
-        raise FileNotFoundError(f"hub model {name}: {why}") from error
-    except errors.RevisionNotFoundError as error:
-        why = f"it has no revision {options['revision']}"
-        raise FileNotFoundError(f"hub model {name}: {why}") from error
-    except errors.RepositoryNotFoundError as error:
-        why = "there is no such model, or it is private and your token does not open it"
-        raise FileNotFoundError(f"hub model {name}: {why}") from error
-    except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled, OSError) as error:
-        where = options["cache_dir"] or "the hub's cache"
-        raise FileNotFoundError(
-            f"hub model {name} is not in {where} and cannot be fetched: no network, or offline mode"
-        ) from error
-
-
-_ENDS = (".safetensors", "-?????-of-?????.safetensors")
-
-
-def _check_meaning(path, index: Mapping, any_pipeline: bool) -> None:
-    kind = index.get("_class_name")
-    if not any_pipeline and kind not in DEPTH_PIPELINES:
-        raise ValueError(
-            f"{path} is a {kind}, which predicts no depth. To train a depth model from it:"
-            f" python -m d3epth_jax.main --config=configs/d2.py --config.init={path}"
-        )
-    space = index.get("prediction_type") or "depth"
-    if kind in DEPTH_PIPELINES and space not in SPACES:
-        raise ValueError(f"{path}: prediction_type {space!r} is not one of {', '.join(SPACES)}")
-
-
-def _read_trees(directory, trees: Mapping, variant, dtype) -> dict[str, Params]:
-    """Each folder's tensors as its tree; what is wrong with any of them in one error."""
-    read, problems, missing = {}, [], True
-    for folder, tree in trees.items():
+    def read(name: str, parse: Callable):
+        path = directory / name
         try:
-            tensors = files.read_folder(directory / folder, STEM, variant=variant)
-            if folder == "vae":
-                tensors = keys.modern_names(tensors, keys.AUTOENCODER_AGES)
-            read[folder] = convert.from_torch(tensors, tree, dtype=dtype)
+            return parse(files.read_json(path))
+        except (ValueError, TypeError) as error:
+            # A TypeError is a value of a type that no arithmetic on settings expects.
+            problems.append(f"{path}: {error}")
+
+    def autoencoder(content):
+        kind = content.get("_class_name", "AutoencoderKL")
+        if kind not in AUTOENCODERS:
+            raise ValueError(f"this is a {kind}: {' and '.join(AUTOENCODERS)} are read")
+        return AUTOENCODERS[kind].from_dict(content)
+
+    unet = read("unet/config.json", UNetConfig.from_dict)
+    vae = read("vae/config.json", autoencoder)
+    schedule = read("scheduler/scheduler_config.json", NoiseSchedule.from_dict)
+    meaning = read("model_index.json", _meaning)
+    if problems:
+        raise ValueError("\n".join(problems))
+    takes_depth = unet.in_channels == 2 * vae.latent_channels
+    kind, meaning = meaning
+    if (
+        kind == "StableDiffusionPipeline"
+        and takes_depth
+        and schedule.timestep_spacing == "trailing"
+    ):
+        # How E2E-FT's training saves: the class it started from, and nothing of how it is used.
+        log.info(
+            "%s says nothing of its use; it is used as E2E-FT: one step from zero latents, at 768"
+            " pixels",
+            directory,
+        )
+        kind = DEPTH_PIPELINES[0]
+        meaning |= {"denoising_steps": 1, "starts_at_zero": True, "processing_resolution": 768}
+    timestep = int(schedule.timesteps(1)[0])
+    return DepthModel(unet, vae, schedule, timestep=timestep, **meaning), kind
+
+
+def _meaning(index: Mapping) -> tuple[str, dict]:
+    """(pipeline class, fields of DepthModel) of a model_index.json."""
+    kind = index.get("_class_name")
+    kind = kind[-1] if isinstance(kind, list) and kind else kind  # of a pipeline with its own code
+    meaning = {
+        "prediction_type": index.get("prediction_type") or "depth",
+        "processing_resolution": index.get("default_processing_resolution"),
+        "denoising_steps": index.get("default_denoising_steps"),
+        "starts_at_zero": index.get("initial_latent") == "zeros",
+        "prompt_padding": index.get("prompt_padding") or "do_not_pad",
+        "base": index.get("base_model") or "",
+    }
+    problems = []
+    for name, least in (("processing_resolution", 0), ("denoising_steps", 1)):
+        value = meaning[name]
+        if value is not None and (type(value) is not int or value < least):
+            problems.append(f"default_{name} {value!r} is no integer of at least {least}")
+    if kind in DEPTH_PIPELINES and meaning["prediction_type"] not in SPACES:
+        space = meaning["prediction_type"]
+        problems.append(f"prediction_type {space!r} is not one of {', '.join(SPACES)}")
+    if problems:
+        raise ValueError("; ".join(problems))
+    return str(kind), meaning
+
+
+def _origin(path_or_hub_id, directory: pathlib.Path) -> str:
+    """What a model says it was made from: OWNER/NAME@COMMIT, or a folder's name without its path,
+    which is nobody's business."""
+    name = str(path_or_hub_id)
+    if pathlib.Path(name).is_dir() or not download.is_hub_id(name):
+        return directory.resolve().name
+    commit = download.commit(directory)
+    return f"{name}@{commit}" if commit else name
+
+
+def _read_weights(
+    directory: pathlib.Path, model: DepthModel, variant: str | None, dtype
+) -> tuple[Params, PromptEncoder | None]:
+    """({unet, encoder, decoder}, text encoder); what is wrong with any of them in one error."""
+    problems, missing = [], True
+
+    def read(name: str, function: Callable, *args):
+        nonlocal missing
+        try:
+            return function(*args)
         except (FileNotFoundError, ValueError) as error:
             missing &= isinstance(error, FileNotFoundError)
-            problems.append(f"{directory / folder}: {error}")
+            problems.append(f"{directory / name}: {error}")
+
+    shapes = abstract_params(model)
+    vae = {part: shapes[part] for part in ("encoder", "decoder")}
+
+    def tensors(folder: str, tree, ages=()):
+        found = files.read_folder(directory / folder, STEM, variant=variant)
+        return convert.from_torch(keys.modern_names(found, dict(ages)), tree, dtype=dtype)
+
+    if (directory / ORBAX).is_dir():
+        trees = read(ORBAX, _read_orbax, directory / ORBAX, {"unet": shapes["unet"], **vae}, dtype)
+    else:
+        unet = read("unet", tensors, "unet", shapes["unet"])
+        rest = read("vae", tensors, "vae", vae, keys.AUTOENCODER_AGES)
+        trees = {"unet": unet, **(rest or {})}
+    text = None
+    if (directory / "text_encoder/config.json").is_file():
+        text = read("text_encoder", prompt.read, directory, variant, dtype)
     if problems:
         raise (FileNotFoundError if missing else ValueError)("\n".join(problems))
-    return read
+    return trees, text
+
+
+def _read_orbax(directory: pathlib.Path, shapes: Params, dtype) -> Params:
+    stored, wanted = (keys.flatten(t) for t in (checkpoint.read_tree(directory), shapes))
+    problems = [f"missing: {'/'.join(path)}" for path in wanted if path not in stored]
+    problems += [f"unexpected: {'/'.join(path)}" for path in stored if path not in wanted]
+    problems += [
+        f"wrong shape: {'/'.join(path)} is {stored[path].shape}, the model has {x.shape}"
+        for path, x in wanted.items()
+        if path in stored and stored[path].shape != x.shape
+    ]
+    if problems:
+        raise ValueError("\n  ".join(["the weights do not fit the model:", *problems]))
+    return keys.unflatten({path: np.asarray(x, dtype) for path, x in stored.items()})
 
 
 def _read_prompt(directory: pathlib.Path, model: DepthModel, text) -> np.ndarray:
@@ -351,7 +378,8 @@ def _index(model: DepthModel, text: PromptEncoder | None) -> dict:
 
 def _model_card(model: DepthModel) -> str:
     """README.md of a saved model: what it is, what it came from, how to use it."""
-    base = f"base_model: {model.base}\n" if re.fullmatch(r"[\w.-]+/[\w.-]+", model.base) else ""
+    name = model.base.split("@")[0]
+    base = f"base_model: {name}\n" if download.is_hub_id(name) else ""
     origin = (
         f"It was made from `{model.base}`; the licence of those weights applies to these."
         if model.base

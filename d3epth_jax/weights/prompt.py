@@ -39,25 +39,29 @@ class PromptEncoder:
       params: NumPy arrays; those read from a file stay in it until somebody looks.
       tokenizer: the contents of its files, by name.
       origin: what its files were when read; the cache's key.
+      dtype: the type it is saved in; None: as it was read.
     """
 
     config: Mapping
     params: Params
     tokenizer: Mapping[str, bytes]
     origin: str
+    dtype: str | None = None
 
     def save(self, directory: pathlib.Path, *, dtype=None, variant: str | None = None) -> None:
         """Writes text_encoder/ and tokenizer/ below the directory."""
         files.write_json(directory / "text_encoder/config.json", self.config)
-        tensors = convert.to_torch(self.params, dtype=dtype)
+        tensors = convert.to_torch(self.params, dtype=dtype or self.dtype)
         files.write(directory / "text_encoder" / files.single_name(STEM, variant), tensors)
         (directory / "tokenizer").mkdir()
         for name, content in self.tokenizer.items():
             (directory / "tokenizer" / name).write_bytes(content)
 
 
-def read(directory: pathlib.Path, *, variant: str | None = None) -> PromptEncoder:
-    """Reads text_encoder/ and tokenizer/; parameters keep the file's type.
+def read(
+    directory: pathlib.Path, variant: str | None = None, dtype: str | None = None
+) -> PromptEncoder:
+    """Reads text_encoder/ and tokenizer/; parameters keep the file's type until they are saved.
 
     Raises FileNotFoundError or ValueError: what is missing, what does not fit (keys, shapes).
     """
@@ -74,12 +78,17 @@ def read(directory: pathlib.Path, *, variant: str | None = None) -> PromptEncode
             for name in _TOKENIZER_FILES
             if (directory / "tokenizer" / name).is_file()
         },
+        # The variant too: files of several lie in one folder.
         origin=json.dumps(
             [
-                (str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns)
-                for path in sorted(folder.glob("*.safetensors"))
+                variant,
+                *(
+                    (str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns)
+                    for path in sorted(folder.glob("*.safetensors"))
+                ),
             ]
         ),
+        dtype=dtype,
     )
 
 
