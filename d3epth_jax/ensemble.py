@@ -6,6 +6,8 @@ have the cost sum_{i<j} RMSE(aligned_i, aligned_j) + 0.02 (|min median| + |1 - m
 Minimised to the end, this loses the picture: shrinking all members to nothing costs 0.02 and no
 more. Marigold does not get there because it stops after two steps of a numerical gradient. Here
 the members keep the sum of their standard deviations, and the pairs' term is minimised to the end.
+Between members that are mostly noise, twice as strong as what they share, Marigold's half-way
+shrinking has the lower cost for that reason; between members that agree better ours has.
 Nothing is lost, for a common scale and shift leaves no trace in the result; and what remains is
 convex, with one minimum, and needs no pixels: all means are equal there, so that the members'
 correlations say everything.

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
@@ -60,16 +61,23 @@ def params_sharding(tree, mesh: Mesh, *, min_size: int = 2**16):
     return jax.tree.map(rule, tree)
 
 
-def put_params(tree, mesh: Mesh):
-    """Places a tree by `params_sharding`.
+def put_params(tree, mesh: Mesh, dtype=None):
+    """Places a tree by `params_sharding`, its floating-point arrays as `dtype` if that is given.
 
     A few threads copy, since tensors mapped from a file are transposed as they are read. Several
     hosts compare what they place, so there the order must be one.
     """
     leaves, structure = jax.tree.flatten(tree)
     shardings = jax.tree.leaves(params_sharding(tree, mesh))
+
+    def put(leaf, sharding):
+        # Cast one by one: the whole tree in two types would not fit where one does.
+        if dtype is not None and leaf.dtype != dtype and jnp.issubdtype(leaf.dtype, jnp.floating):
+            leaf = leaf.astype(dtype)
+        return jax.device_put(leaf, sharding)
+
     with ThreadPoolExecutor(4 if jax.process_count() == 1 else 1) as pool:
-        return structure.unflatten(pool.map(jax.device_put, leaves, shardings))
+        return structure.unflatten(pool.map(put, leaves, shardings))
 
 
 def put_batch(batch: Mapping, mesh: Mesh) -> dict:

@@ -79,7 +79,8 @@ def test_merge_equals_diffusers(count):
 
 @pytest.mark.parametrize("spikes", [False, True])
 @pytest.mark.parametrize(
-    ("count", "noise"), [(2, 0.05), (3, 0.02), (4, 0.1), (5, 0.005), (6, 0.0005), (10, 0.05)]
+    ("count", "noise"),
+    [(2, 0.05), (3, 0.02), (3, 1.0), (4, 0.1), (5, 0.005), (5, 0.5), (6, 0.0005), (10, 0.05)],
 )
 def test_cost_is_not_above_diffusers_nor_the_starts(count, noise, spikes):
     for seed in range(3):
