@@ -30,10 +30,15 @@ class SourceError(ValueError):
 
     def __init__(self, root, problems: Sequence[str]):
         self.root, self.problems = root, list(problems)
-        listed = "".join(f"\n  {problem}" for problem in self.problems[:LISTED])
-        hidden = len(self.problems) - LISTED
-        more = f"\n  and {hidden} more (see .problems)" if hidden > 0 else ""
-        super().__init__(f"{root}: {len(self.problems)} problem(s):{listed}{more}")
+        super().__init__(f"{root}: {told(self.problems)}")
+
+
+def told(problems: Sequence[str]) -> str:
+    """How many there are, and the first of them line by line."""
+    listed = "".join(f"\n  {problem}" for problem in problems[:LISTED])
+    hidden = len(problems) - LISTED
+    more = f"\n  and {hidden} more (see .problems)" if hidden > 0 else ""
+    return f"{len(problems)} problem(s):{listed}{more}"
 
 
 @dataclass(frozen=True)
@@ -67,8 +72,8 @@ class FileSource:
       problems: what was found wrong while the items were listed.
       min_valid: a depth map with fewer known pixels is a problem.
       check: "names" looks whether the files exist, "content" also decodes every sample (`check`).
-      on_error: "raise" lists every problem in one SourceError; "skip" drops such items, and logs
-        them.
+      on_error: "raise" lists every problem in one SourceError; "skip" drops such items, logs them,
+        and keeps them in `.problems`.
 
     Raises SourceError.
     """
@@ -112,14 +117,9 @@ class FileSource:
         if problems and (on_error == "raise" or not self._items):
             raise SourceError(root, problems)
         if problems:
-            log.warning(
-                "%s: %d of %d samples skipped, %d problem(s):\n  %s",
-                root,
-                len(items) - len(self._items),
-                len(items),
-                len(problems),
-                "\n  ".join(problems),
-            )
+            skipped = f"{len(items) - len(self._items)} of {len(items)} samples skipped"
+            log.warning("%s: %s, %s", root, skipped, told(problems))
+        self.problems = problems
 
     def __len__(self) -> int:
         return len(self._items)
@@ -186,6 +186,19 @@ def implausible(sample: Sample, item: Item, min_valid: int) -> list[str]:
             unit = f"depth_scale {item.settings['depth_scale']:g} is probably wrong"
         problems.append(f"{where}: median depth {median:g} m is implausible; {unit}")
     return problems
+
+
+def gather(*readers: Callable[[], Any]) -> list:
+    """What all readers return; whatever is wrong with any of their files in one ValueError."""
+    results, problems = [], []
+    for reader in readers:
+        try:
+            results.append(reader())
+        except (OSError, ValueError) as error:
+            problems.append(str(error))
+    if problems:
+        raise ValueError("\n".join(problems))
+    return results
 
 
 def read_png_depth(path: Path, depth_scale: float) -> np.ndarray:

@@ -83,17 +83,10 @@ def folder(
 
 def read(item: Item) -> files.Sample:
     """The pair, whatever is wrong with either file told in one ValueError."""
-    parts, problems = [], []
-    for part in (
+    parts = files.gather(
         functools.partial(image_lib.load, item.files["image"]),
         functools.partial(read_depth, item.files["depth"], item.settings["depth_scale"]),
-    ):
-        try:
-            parts.append(part())
-        except (OSError, ValueError) as error:
-            problems.append(str(error))
-    if problems:
-        raise ValueError("\n".join(problems))
+    )
     return files.as_sample(*parts)
 
 
