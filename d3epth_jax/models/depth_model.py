@@ -8,8 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from d3epth_jax.models.config import AutoencoderKLConfig, TinyAutoencoderConfig, UNetConfig
+from d3epth_jax.models.folding import NOT_FOLDED, Folding
 from d3epth_jax.models.tiny_vae import TinyDecoder, TinyEncoder
-from d3epth_jax.models.unet import UNet
+from d3epth_jax.models.unet import UNet, needs_prompt
 from d3epth_jax.models.vae import KLDecoder, KLEncoder
 from d3epth_jax.schedule import NoiseSchedule
 from d3epth_jax.typing import Params
@@ -35,6 +36,7 @@ class DepthModel:
       base: what the weights come from, OWNER/NAME@COMMIT or a folder's name; "" for nothing.
       dtype: compute type of the networks, "float32" or "bfloat16"; parameters stay float32.
       remat: recompute activations in the backward pass instead of keeping them.
+      folding: what the parameters have folded into them.
     """
 
     unet: UNetConfig
@@ -49,6 +51,7 @@ class DepthModel:
     base: str = ""
     dtype: str = "float32"
     remat: bool = False
+    folding: Folding = NOT_FOLDED
 
     def __post_init__(self):
         latent = self.autoencoder.latent_channels
@@ -67,9 +70,17 @@ class DepthModel:
     @property
     def modules(self) -> dict:
         """The Linen modules, under the names of their parameter trees."""
-        dtype = jnp.dtype(self.dtype)
-        unet = UNet(self.unet, dtype=dtype, remat=self.remat)
-        return {"unet": unet, **_autoencoder(self.autoencoder, dtype=dtype, remat=self.remat)}
+        options = {
+            "dtype": jnp.dtype(self.dtype),
+            "remat": self.remat,
+            "folding": self.folding,
+        }
+        return {"unet": UNet(self.unet, **options), **_autoencoder(self.autoencoder, **options)}
+
+    @property
+    def needs_prompt(self) -> bool:
+        """Whether the UNet reads the embedding of the prompt."""
+        return needs_prompt(self.unet, self.folding)
 
 
 def _autoencoder(config: AutoencoderConfig, **options) -> dict:
@@ -84,16 +95,16 @@ def abstract_params(model: DepthModel) -> Params:
     sample = jnp.zeros((1, 8, 8, model.unet.in_channels))
     params = {
         "unet": _abstract(model.modules["unet"], sample, model.timestep, prompt),
-        **abstract_autoencoder(model.autoencoder),
+        **abstract_autoencoder(model.autoencoder, folding=model.folding),
     }
-    if model.unet.needs_prompt:
+    if model.needs_prompt:
         params["prompt"] = jax.ShapeDtypeStruct(prompt.shape, prompt.dtype)
     return params
 
 
-def abstract_autoencoder(config: AutoencoderConfig) -> Params:
+def abstract_autoencoder(config: AutoencoderConfig, folding: Folding = NOT_FOLDED) -> Params:
     """The part {encoder, decoder} of `abstract_params`."""
-    modules, side = _autoencoder(config), 8 * config.downsampling
+    modules, side = _autoencoder(config, folding=folding), 8 * config.downsampling
     return {
         "encoder": _abstract(modules["encoder"], jnp.zeros((1, side, side, 3))),
         "decoder": _abstract(modules["decoder"], jnp.zeros((1, 8, 8, config.latent_channels))),

@@ -187,6 +187,39 @@ class Attention(nn.Module):
         return project_and_attend(x, context, heads=self.heads, dtype=self.dtype)
 
 
+def collapses(channels: int, heads: int, tokens: int) -> bool:
+    """Whether attention to so few fixed tokens is cheaper as two products than with q and to_out.
+
+    Multiplications per cell and channel: heads * (tokens - 1) twice, against channels + tokens.
+    """
+    return heads * (tokens - 1) < channels + tokens
+
+
+class CollapsedAttention(nn.Module):
+    """Attention from x [B, N, C] to `tokens` fixed ones, whose keys and values are in the kernels.
+
+    Scores are taken relative to token 0, whose value is in to_out's bias: of two tokens what
+    remains is a sigmoid. Made from Attention's parameters by weights/fold.py.
+    """
+
+    heads: int
+    tokens: int
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, x):
+        others = self.tokens - 1
+        scores = dense("to_scores", self.heads * others, self.dtype, use_bias=False)(x)
+        scores = scores.astype(jnp.float32)
+        if others == 1:
+            weights = nn.sigmoid(scores)
+        else:
+            scores = scores.reshape(*x.shape[:2], self.heads, others)
+            scores = jnp.pad(scores, [(0, 0)] * 3 + [(1, 0)])
+            weights = jax.nn.softmax(scores, axis=-1)[..., 1:].reshape(*x.shape[:2], -1)
+        return dense("to_out_0", x.shape[-1], self.dtype)(weights.astype(self.dtype))
+
+
 class Geglu(nn.Module):
     """Gated linear unit with GELU (Shazeer 2020), [..., C] -> [..., features]."""
 
@@ -212,17 +245,25 @@ class FeedForward(nn.Module):
 
 
 class TransformerBlock(nn.Module):
-    """Self-attention, attention to the prompt [1 or B, M, D], feed-forward; x [B, N, C]."""
+    """Self-attention, attention to the prompt [1 or B, M, D], feed-forward; x [B, N, C].
+
+    folded_tokens: of a prompt that is folded into the parameters; 0: it is not.
+    """
 
     heads: int
     dtype: Any
+    folded_tokens: int = 0
 
     @nn.compact
     def __call__(self, x, prompt):
         h = layer_norm("norm1", self.dtype)(x)
         x += Attention(self.heads, self.dtype, name="attn1")(h, h)
         h = layer_norm("norm2", self.dtype)(x)
-        x += Attention(self.heads, self.dtype, name="attn2")(h, prompt)
+        tokens = self.folded_tokens
+        if tokens and collapses(x.shape[-1], self.heads, tokens):
+            x += CollapsedAttention(self.heads, tokens, self.dtype, name="attn2")(h)
+        else:
+            x += Attention(self.heads, self.dtype, name="attn2")(h, prompt)
         h = layer_norm("norm3", self.dtype)(x)
         return x + FeedForward(self.dtype, name="ff")(h)
 
@@ -238,6 +279,7 @@ class SpatialTransformer(nn.Module):
     groups: int
     linear: bool
     dtype: Any
+    folded_tokens: int = 0
 
     @nn.compact
     def __call__(self, x, prompt):
@@ -250,7 +292,10 @@ class SpatialTransformer(nn.Module):
 
         h = group_norm("norm", self.groups, TRANSFORMER_NORM_EPS, self.dtype)(x)
         h = project("proj_in")(h).reshape(batch, height * width, channels)
-        h = TransformerBlock(self.heads, self.dtype, name="transformer_blocks_0")(h, prompt)
+        block = TransformerBlock(
+            self.heads, self.dtype, self.folded_tokens, name="transformer_blocks_0"
+        )
+        h = block(h, prompt)
         h = project("proj_out")(h.reshape(batch, height, width, channels))
         return x + h, h
 
@@ -267,11 +312,94 @@ class Downsample(nn.Module):
         return conv("conv", x.shape[-1], self.dtype, strides=2, padding=padding)(x)
 
 
+def upsample_conv(
+    x: jax.Array,
+    size: tuple[int, int],
+    name: str,
+    features: int,
+    dtype: Any,
+    *,
+    phases: bool,
+    use_bias: bool = True,
+) -> jax.Array:
+    """Nearest upsampling to `size` (at most twice x's) and a 3x3 convolution, called `name`.
+
+    Called from a compact module. `phases`: computed as PhaseConv, from its kernel.
+    """
+    if phases:
+        return PhaseConv(features, dtype, use_bias, name=name)(x, size)
+    return conv(name, features, dtype, use_bias=use_bias)(upsample_nearest(x, size))
+
+
 class Upsample(nn.Module):
-    """Nearest upsampling to `size`, then a convolution."""
+    """`upsample_conv` without a change of channels."""
 
     dtype: Any
+    phases: bool
 
     @nn.compact
     def __call__(self, x, size):
-        return conv("conv", x.shape[-1], self.dtype)(upsample_nearest(x, size))
+        return upsample_conv(x, size, "conv", x.shape[-1], self.dtype, phases=self.phases)
+
+
+class PhaseConv(nn.Module):
+    """Nearest upsampling and a 3x3 convolution in one: four 2x2 convolutions at low resolution.
+
+    An output cell sees two rows and two columns of x, which depend on whether its row and column
+    are even; kernel [2, 2, 2, 2, Cin, Cout] has the taps of each case (`phase_kernel`). 4/9 of the
+    multiplications. Where `size` cuts the last row or column off, its neighbour sees padding
+    instead: there the 3x3 form is computed.
+    """
+
+    features: int
+    dtype: Any
+    use_bias: bool = True
+
+    @nn.compact
+    def __call__(self, x, size):
+        batch, height, width, channels = x.shape
+        shape = (2, 2, 2, 2, channels, self.features)
+        kernel = self.param("kernel", _ABSENT, shape).astype(self.dtype)
+        x = x.astype(self.dtype)
+        if size == (2 * height, 2 * width):
+            phases = [
+                [_convolve(x, kernel[a, b], ((1 - a, a), (1 - b, b))) for b in (0, 1)]
+                for a in (0, 1)
+            ]
+            # [B, h, 2, w, 2, C]
+            y = jnp.stack([jnp.stack(row, axis=3) for row in phases], axis=2)
+            y = y.reshape(batch, *size, self.features)
+        else:
+            y = _convolve(upsample_nearest(x, size), whole_kernel(kernel), ((1, 1), (1, 1)))
+        if self.use_bias:
+            y += self.param("bias", _ABSENT, (self.features,)).astype(self.dtype)
+        return y
+
+
+def phase_kernel(kernel):
+    """A 3x3 kernel [3, 3, Cin, Cout] as PhaseConv's: taps that meet the same cell are added."""
+
+    def split(k):
+        # An even row sees the row before and, twice, its own; an odd one its own twice, and the
+        # next.
+        return np.stack([np.stack([k[0], k[1] + k[2]]), np.stack([k[0] + k[1], k[2]])])
+
+    rows = split(kernel)  # [a, row, 3, Cin, Cout]
+    both = split(np.moveaxis(rows, 2, 0))  # [b, column, a, row, Cin, Cout]
+    return np.transpose(both, (2, 0, 3, 1, 4, 5))
+
+
+def whole_kernel(kernel):
+    """The inverse of `phase_kernel`."""
+
+    def join(k):
+        return jnp.stack([k[0, 0], k[1, 0] - k[0, 0], k[1, 1]])
+
+    rows = join(jnp.transpose(kernel, (0, 2, 1, 3, 4, 5)))  # [3, b, column, Cin, Cout]
+    return jnp.moveaxis(join(jnp.moveaxis(rows, 0, 2)), 1, 0)
+
+
+def _convolve(x, kernel, padding):
+    return jax.lax.conv_general_dilated(
+        x, kernel, (1, 1), padding, dimension_numbers=("NHWC", "HWIO", "NHWC")
+    )

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 
 from d3epth_jax.models import layers
 from d3epth_jax.models.config import TinyAutoencoderConfig
+from d3epth_jax.models.folding import NOT_FOLDED, Folding
 
 
 class TinyEncoder(nn.Module):
@@ -24,6 +25,7 @@ class TinyEncoder(nn.Module):
     config: TinyAutoencoderConfig
     dtype: Any = jnp.float32
     remat: bool = False
+    folding: Folding = NOT_FOLDED
 
     @nn.compact
     def __call__(self, image: jax.Array) -> jax.Array:
@@ -52,6 +54,7 @@ class TinyDecoder(nn.Module):
     config: TinyAutoencoderConfig
     dtype: Any = jnp.float32
     remat: bool = False
+    folding: Folding = NOT_FOLDED
 
     @nn.compact
     def __call__(self, latent: jax.Array) -> jax.Array:
@@ -66,8 +69,7 @@ class TinyDecoder(nn.Module):
             for _ in range(blocks):
                 x = numbered.block()(x)
             numbered.skip()
-            x = layers.upsample_nearest(x, (2 * x.shape[1], 2 * x.shape[2]))
-            x = numbered.conv(width, use_bias=False)(x)
+            x = numbered.upsample(x, width, phases=self.folding.upsampling)
         for _ in range(c.num_decoder_blocks[-1]):
             x = numbered.block()(x)
         x = numbered.conv(c.out_channels, dtype=jnp.float32)(x)
@@ -88,6 +90,12 @@ class _Layers:
     def conv(self, features: int, **options) -> nn.Conv:
         options = {"dtype": self.dtype, **options}
         return layers.conv(self.skip(), features, **options)
+
+    def upsample(self, x, features: int, *, phases: bool):
+        size = (2 * x.shape[1], 2 * x.shape[2])
+        return layers.upsample_conv(
+            x, size, self.skip(), features, self.dtype, phases=phases, use_bias=False
+        )
 
     def block(self) -> nn.Module:
         module = nn.remat(TinyBlock) if self.remat else TinyBlock

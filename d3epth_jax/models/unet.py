@@ -12,6 +12,7 @@ import jax.numpy as jnp
 
 from d3epth_jax.models import layers
 from d3epth_jax.models.config import UNetConfig
+from d3epth_jax.models.folding import NOT_FOLDED, Folding
 
 
 class UNet(nn.Module):
@@ -27,22 +28,16 @@ class UNet(nn.Module):
     config: UNetConfig
     dtype: Any = jnp.float32
     remat: bool = False
+    folding: Folding = NOT_FOLDED
 
     @nn.compact
     def __call__(
         self, sample: jax.Array, timestep: jax.Array | int, prompt: jax.Array | None = None
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
         c = self.config
-        _check_inputs(c, sample, prompt)
+        _check_inputs(c, sample, prompt, self.folding)
         width = c.block_out_channels[0]
-        temb = layers.timestep_embedding(
-            jnp.atleast_1d(jnp.asarray(timestep)),
-            width,
-            flip_sin_to_cos=c.flip_sin_to_cos,
-            freq_shift=c.freq_shift,
-        ).astype(self.dtype)
-        temb = layers.TimeEmbedding(4 * width, self.dtype, name="time_embedding")(temb)
-        temb = nn.silu(temb)  # every resnet begins with it
+        temb = None if self.folding.time else self._embed(timestep)
 
         features = {}
         x = layers.conv("conv_in", width, self.dtype)(sample)
@@ -72,9 +67,20 @@ class UNet(nn.Module):
         x = layers.group_norm("conv_norm_out", c.norm_num_groups, c.norm_eps, self.dtype)(x)
         return layers.conv("conv_out", c.out_channels, self.dtype)(nn.silu(x)), features
 
+    def _embed(self, timestep):
+        c, width = self.config, self.config.block_out_channels[0]
+        temb = layers.timestep_embedding(
+            jnp.atleast_1d(jnp.asarray(timestep)),
+            width,
+            flip_sin_to_cos=c.flip_sin_to_cos,
+            freq_shift=c.freq_shift,
+        ).astype(self.dtype)
+        temb = layers.TimeEmbedding(4 * width, self.dtype, name="time_embedding")(temb)
+        return nn.silu(temb)  # every resnet begins with it
+
     def _shared(self, level: int, attend: bool) -> dict[str, Any]:
-        shared = {"config": self.config, "dtype": self.dtype, "remat": self.remat}
-        return shared | {"level": level, "attend": attend}
+        names = ("config", "dtype", "remat", "folding")
+        return {name: getattr(self, name) for name in names} | {"level": level, "attend": attend}
 
 
 class _Block(nn.Module):
@@ -85,6 +91,7 @@ class _Block(nn.Module):
     attend: bool
     dtype: Any
     remat: bool
+    folding: Folding
 
     @property
     def channels(self) -> int:
@@ -103,6 +110,7 @@ class _Block(nn.Module):
             c.norm_num_groups,
             c.use_linear_projection,
             self.dtype,
+            self.folding.prompt_tokens,
             name=f"attentions_{i}",
         )
 
@@ -149,17 +157,35 @@ class UpBlock(_Block):
             if self.attend:
                 x, _ = self.transformer(i)(x, prompt)
         if size is not None:
-            x = layers.Upsample(self.dtype, name="upsamplers_0")(x, size)
+            phases = self.folding.upsampling
+            x = layers.Upsample(self.dtype, phases, name="upsamplers_0")(x, size)
         return x
 
 
-def _check_inputs(config: UNetConfig, sample, prompt) -> None:
+def needs_prompt(config: UNetConfig, folding: Folding) -> bool:
+    """Whether any block still reads the prompt."""
+    levels = [
+        i
+        for kinds in (config.down_block_types, config.up_block_types[::-1])
+        for i, kind in enumerate(kinds)
+        if "CrossAttn" in kind
+    ]
+    if config.mid_block_type is not None and "CrossAttn" in config.mid_block_type:
+        levels.append(len(config.block_out_channels) - 1)
+    tokens = folding.prompt_tokens
+    return any(
+        not (tokens and layers.collapses(config.block_out_channels[i], config.heads[i], tokens))
+        for i in levels
+    )
+
+
+def _check_inputs(config: UNetConfig, sample, prompt, folding: Folding) -> None:
     problems = []
     if sample.ndim != 4 or sample.shape[-1] != config.in_channels:
         problems.append(
             f"sample has shape {sample.shape}, expected [B, h, w, {config.in_channels}]"
         )
-    if config.needs_prompt:
+    if needs_prompt(config, folding):
         dim = config.cross_attention_dim
         if prompt is None:
             problems.append(f"prompt is None, expected [1 or B, N, {dim}]")

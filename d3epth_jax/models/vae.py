@@ -12,6 +12,7 @@ import jax.numpy as jnp
 
 from d3epth_jax.models import layers
 from d3epth_jax.models.config import AutoencoderKLConfig
+from d3epth_jax.models.folding import NOT_FOLDED, Folding
 
 
 class _Part(nn.Module):
@@ -20,6 +21,10 @@ class _Part(nn.Module):
     config: AutoencoderKLConfig
     dtype: Any = jnp.float32
     remat: bool = False
+    folding: Folding = NOT_FOLDED
+
+    def _shared(self) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in ("config", "dtype", "remat", "folding")}
 
     def norm(self, name: str) -> nn.GroupNorm:
         return layers.group_norm(name, self.config.norm_num_groups, layers.VAE_NORM_EPS, self.dtype)
@@ -36,7 +41,7 @@ class KLEncoder(_Part):
     def __call__(self, image: jax.Array) -> jax.Array:
         c = self.config
         layers.check_image("KLEncoder", image, c.in_channels, c.downsampling)
-        shared = {"config": c, "dtype": self.dtype, "remat": self.remat}
+        shared = self._shared()
         x = layers.conv("conv_in", c.block_out_channels[0], self.dtype)(image)
         last = len(c.block_out_channels) - 1
         for i, channels in enumerate(c.block_out_channels):
@@ -64,7 +69,7 @@ class KLDecoder(_Part):
     def __call__(self, latent: jax.Array) -> jax.Array:
         c = self.config
         layers.check_latent("KLDecoder: latent", latent, c.latent_channels)
-        shared = {"config": c, "dtype": self.dtype, "remat": self.remat}
+        shared = self._shared()
         x = latent
         if c.use_post_quant_conv:
             x = layers.conv("post_quant_conv", c.latent_channels, self.dtype, kernel_size=1)(x)
@@ -119,7 +124,8 @@ class _UpBlock(_Block):
             x = self.resnet(i, self.channels)(x)
         if self.upsample:
             double = (2 * x.shape[1], 2 * x.shape[2])
-            x = layers.Upsample(self.dtype, name="upsamplers_0")(x, double)
+            phases = self.folding.upsampling
+            x = layers.Upsample(self.dtype, phases, name="upsamplers_0")(x, double)
         return x
 
 

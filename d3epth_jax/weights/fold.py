@@ -1,0 +1,202 @@
+"""Exact constant folding: what never changes between pictures goes into the parameters.
+
+`fold(model, params)` gives a model of fewer operations, equal to the other but for rounding. The
+folded parameters share every array that did not change with the others.
+
+    time        one timestep: its embedding becomes a bias of each ResNet's first convolution
+    prompt      one prompt: attention to its few tokens becomes two products, without q, k, v
+    latent      the depth latent starts at zero: conv_in loses the channels that read it
+    head        then the UNet's output is the depth latent itself, conv_out scaled
+    upsampling  nearest upsampling and 3x3 convolution become four 2x2 convolutions
+    mean        depth is the mean of the decoder's channels: its last convolution gives just that
+"""
+
+import dataclasses
+from collections.abc import Iterable
+
+import numpy as np
+
+from d3epth_jax.models import layers
+from d3epth_jax.models.depth_model import DepthModel
+from d3epth_jax.typing import Params
+from d3epth_jax.weights import keys
+
+Flat = dict[keys.Path, np.ndarray]
+
+
+def fold(
+    model: DepthModel, params: Params, pieces: Iterable[str] | None = None
+) -> tuple[DepthModel, Params]:
+    """(model, parameters) with these pieces folded; None: all that a single step allows.
+
+    `time`, `latent` and `head` mean one step of inference from a zero latent (SINGLE_STEP). Raises
+    ValueError for unknown pieces, and for a head of which the latent is no multiple.
+    """
+    pieces = foldable(model) if pieces is None else tuple(pieces)
+    if unknown := sorted(set(pieces) - set(PIECES)):
+        raise ValueError(f"unknown pieces {unknown}: choose from {list(PIECES)}")
+    flat = keys.flatten(params)
+    for piece in PIECES:
+        if piece in pieces:
+            model = _FOLDS[piece](model, flat)
+    return model, keys.unflatten(flat)
+
+
+def foldable(model: DepthModel) -> tuple[str, ...]:
+    """The pieces that the model has, for one step from a zero latent."""
+    absent = {
+        "prompt": not model.unet.needs_prompt,
+        "latent": model.unet.in_channels == model.autoencoder.latent_channels,
+        "head": model.schedule.clip_sample,
+    }
+    return tuple(piece for piece in PIECES if not absent.get(piece))
+
+
+def _time(model: DepthModel, flat: Flat) -> DepthModel:
+    unet = model.unet
+    width = unet.block_out_channels[0]
+    temb = layers.timestep_embedding(
+        np.asarray([model.timestep]),
+        width,
+        flip_sin_to_cos=unet.flip_sin_to_cos,
+        freq_shift=unet.freq_shift,
+    )
+    temb = np.asarray(temb, np.float64)
+    for layer in ("linear_1", "linear_2"):
+        kernel, bias = (
+            _pop(flat, ("unet", "time_embedding", layer, n)) for n in ("kernel", "bias")
+        )
+        temb = _silu(temb @ kernel + bias)  # the second: every ResNet begins with it
+    for path in [p for p in flat if p[-2:] == ("time_emb_proj", "kernel")]:
+        block = path[:-2]
+        kernel, bias = (_pop(flat, (*block, "time_emb_proj", n)) for n in ("kernel", "bias"))
+        _add(flat, (*block, "conv1", "bias"), (temb @ kernel + bias)[0])
+    return _note(model, time=True)
+
+
+def _prompt(model: DepthModel, flat: Flat) -> DepthModel:
+    prompt = np.asarray(flat["prompt",], np.float64)[0]  # [N, D]
+    tokens = len(prompt)
+    for path in [p for p in flat if p[-3:] == ("attn2", "to_q", "kernel")]:
+        block = path[:-2]
+        channels = flat[path].shape[0]
+        heads = _heads(model, path)
+        if not layers.collapses(channels, heads, tokens):
+            continue
+        kind = flat[path].dtype
+        q, k, v, out, bias = (
+            _pop(flat, (*block, *names))
+            for names in (
+                ("to_q", "kernel"),
+                ("to_k", "kernel"),
+                ("to_v", "kernel"),
+                ("to_out_0", "kernel"),
+                ("to_out_0", "bias"),
+            )
+        )
+        q = q.reshape(channels, heads, -1)
+        key, value = ((prompt @ x).reshape(tokens, heads, -1) for x in (k, v))
+        out = out.reshape(heads, -1, channels)
+        scores = np.einsum("chd,nhd->chn", q, key[1:] - key[:1]) * q.shape[-1] ** -0.5
+        mixed = np.einsum("nhd,hdc->hnc", value[1:] - value[:1], out)
+        folded = {
+            ("to_scores", "kernel"): scores.reshape(channels, -1),
+            ("to_out_0", "kernel"): mixed.reshape(-1, channels),
+            ("to_out_0", "bias"): bias + np.einsum("hd,hdc->c", value[0], out),
+        }
+        flat |= {(*block, *names): x.astype(kind) for names, x in folded.items()}
+    model = _note(model, prompt_tokens=tokens)
+    if not model.needs_prompt:
+        del flat["prompt",]
+    return model
+
+
+def _latent(model: DepthModel, flat: Flat) -> DepthModel:
+    channels = model.autoencoder.latent_channels
+    path = ("unet", "conv_in", "kernel")
+    flat[path] = flat[path][:, :, :channels]
+    return dataclasses.replace(model, unet=dataclasses.replace(model.unet, in_channels=channels))
+
+
+def _head(model: DepthModel, flat: Flat) -> DepthModel:
+    """One DDIM step from zero is a factor: of v and epsilon, and of the sample."""
+    schedule = model.schedule
+    if schedule.clip_sample:
+        raise ValueError("clip_sample cuts the latent: the head cannot be folded")
+    factor = float(schedule.step(np.float64(1), np.float64(0), model.timestep, 1))
+    for name in ("kernel", "bias"):
+        _scale(flat, ("unet", "conv_out", name), factor)
+    direct = dataclasses.replace(
+        schedule,
+        prediction_type="sample",
+        set_alpha_to_one=True,
+        timestep_spacing="trailing",
+        rescale_betas_zero_snr=True,
+    )
+    timestep = int(direct.timesteps(1)[0])
+    return dataclasses.replace(model, schedule=direct, timestep=timestep)
+
+
+def _upsampling(model: DepthModel, flat: Flat) -> DepthModel:
+    for path in [p for p in flat if _follows_upsampling(p, flat)]:
+        folded = layers.phase_kernel(np.asarray(flat[path], np.float32))
+        flat[path] = folded.astype(flat[path].dtype)
+    return _note(model, upsampling=True)
+
+
+def _follows_upsampling(path: keys.Path, flat: Flat) -> bool:
+    """By name; the tiny decoder's are those without a bias."""
+    without_bias = path[0] == "decoder" and (*path[:-1], "bias") not in flat
+    return path[-1] == "kernel" and ("upsamplers_0" in path or without_bias)
+
+
+def _mean(model: DepthModel, flat: Flat) -> DepthModel:
+    numbered = [path[1] for path in flat if path[0] == "decoder" and "layers_" in path[1]]
+    last = max(numbered, key=lambda name: int(name.removeprefix("layers_")), default="conv_out")
+    for name in ("kernel", "bias"):
+        path = ("decoder", last, name)
+        x = np.asarray(flat[path])
+        flat[path] = x.astype(np.float64).mean(-1, keepdims=True).astype(x.dtype)
+    autoencoder = dataclasses.replace(model.autoencoder, out_channels=1)
+    return dataclasses.replace(model, autoencoder=autoencoder)
+
+
+_FOLDS = {
+    "time": _time,
+    "prompt": _prompt,
+    "latent": _latent,
+    "head": _head,
+    "upsampling": _upsampling,
+    "mean": _mean,
+}
+PIECES = tuple(_FOLDS)
+SINGLE_STEP = ("time", "latent", "head")  # the others hold for any latents and number of steps
+
+
+def _note(model: DepthModel, **folded) -> DepthModel:
+    return dataclasses.replace(model, folding=dataclasses.replace(model.folding, **folded))
+
+
+def _heads(model: DepthModel, path: keys.Path) -> int:
+    """Of the UNet's attention at a path: a level's heads, and the middle is the last level."""
+    side, _, number = path[1].rpartition("_blocks_")
+    last = len(model.unet.heads) - 1
+    levels = {"down": lambda: int(number), "up": lambda: last - int(number)}
+    return model.unet.heads[levels.get(side, lambda: last)()]
+
+
+def _silu(x: np.ndarray) -> np.ndarray:
+    return x / (1 + np.exp(-x))
+
+
+def _pop(flat: Flat, path: keys.Path) -> np.ndarray:
+    """Sums over thousands of products are formed in float64."""
+    return np.asarray(flat.pop(path), np.float64)
+
+
+def _add(flat: Flat, path: keys.Path, value: np.ndarray) -> None:
+    flat[path] = (np.asarray(flat[path], np.float64) + value).astype(flat[path].dtype)
+
+
+def _scale(flat: Flat, path: keys.Path, factor: float) -> None:
+    flat[path] = (np.asarray(flat[path], np.float64) * factor).astype(flat[path].dtype)

@@ -1,0 +1,153 @@
+"""Folded models against unfolded ones: max |difference| / std, float32, on random weights."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from d3epth_jax import inference
+from d3epth_jax.models import layers
+from d3epth_jax.models.config import AutoencoderKLConfig, TinyAutoencoderConfig, UNetConfig
+from d3epth_jax.models.depth_model import DepthModel, abstract_params
+from d3epth_jax.schedule import NoiseSchedule
+from d3epth_jax.weights import fold, keys
+from tests.unet_oracle import random_like, relative_error
+
+PER_PIECE, TOGETHER = 1e-5, 3e-5
+# 13 cells high: a skip that is not exactly double (13, 7).
+IMAGE = np.random.default_rng(1).uniform(-1, 1, (1, 104, 32, 3)).astype(np.float32)
+
+UNET = UNetConfig(
+    in_channels=8,
+    block_out_channels=(8, 16),
+    down_block_types=("CrossAttnDownBlock2D",) * 2,
+    up_block_types=("CrossAttnUpBlock2D",) * 2,
+    layers_per_block=1,
+    attention_head_dim=(2, 4),
+    cross_attention_dim=16,
+    norm_num_groups=4,
+)
+AUTOENCODERS = {
+    "kl": AutoencoderKLConfig(block_out_channels=(8, 8, 8, 16), norm_num_groups=4),
+    "tiny": TinyAutoencoderConfig(
+        encoder_block_out_channels=(8,) * 4,
+        decoder_block_out_channels=(8,) * 4,
+        num_encoder_blocks=(0, 0, 0, 1),
+        num_decoder_blocks=(1, 0, 0, 0),
+    ),
+}
+SCHEDULE = NoiseSchedule(
+    beta_start=0.00085,
+    beta_end=0.012,
+    beta_schedule="scaled_linear",
+    clip_sample=False,
+    prediction_type="v_prediction",
+    timestep_spacing="trailing",
+    set_alpha_to_one=False,
+)
+
+
+@functools.cache
+def make(autoencoder="tiny", tokens=2, **schedule):
+    model = DepthModel(UNET, AUTOENCODERS[autoencoder], dataclasses.replace(SCHEDULE, **schedule))
+    params = random_like(abstract_params(model))
+    rng = np.random.default_rng(2)
+    params["prompt"] = rng.normal(size=(1, tokens, UNET.cross_attention_dim)).astype(np.float32)
+    return model, params
+
+
+def run(model, params):
+    """(latent, what the decoder gives before it is clipped) of one step from zero."""
+
+    def predict(params):
+        rgb = inference.encode_image(model, params, IMAGE)
+        latent = inference.denoise(model, params, rgb, jnp.zeros_like(rgb), 1)
+        decoded = model.modules["decoder"].apply(
+            {"params": params["decoder"]}, latent / model.autoencoder.scaling_factor
+        )
+        return latent, decoded.mean(-1)
+
+    return jax.jit(predict)(params)
+
+
+def shapes(params):
+    return {path: x.shape for path, x in keys.flatten(params).items() if path[0] != "prompt"}
+
+
+@functools.cache
+def unfolded(*which, **schedule):
+    return run(*make(*which, **schedule))
+
+
+def compare(pieces, *which, **schedule):
+    model, params = make(*which, **schedule)
+    folded, its = fold.fold(model, params, pieces)
+    assert shapes(abstract_params(folded)) == shapes(its)
+    assert ("prompt" in its) == folded.needs_prompt
+    ours, theirs = run(folded, its), unfolded(*which, **schedule)
+    return [relative_error(np.asarray(a), np.asarray(b)) for a, b in zip(ours, theirs)]  # noqa: B905
+
+
+@pytest.mark.parametrize("piece", [p for p in fold.PIECES if p != "head"])
+def test_each_piece_alone_changes_nothing(piece):
+    model, params = make()
+    assert max(compare((piece,))) < PER_PIECE
+    # It does do something: the parameters are others.
+    assert shapes(fold.fold(model, params, (piece,))[1]) != shapes(params)
+
+
+@pytest.mark.parametrize(
+    "schedule",
+    [
+        {},
+        {"set_alpha_to_one": True, "rescale_betas_zero_snr": True},
+        {"prediction_type": "epsilon"},
+        {"prediction_type": "sample"},
+    ],
+)
+def test_the_head_gives_the_latent_of_any_parametrisation(schedule):
+    assert max(compare(("latent", "head"), **schedule)) < PER_PIECE
+
+
+@pytest.mark.parametrize(
+    ("autoencoder", "tokens"), [("kl", 2), ("kl", 77), ("tiny", 2), ("tiny", 5)]
+)
+def test_all_pieces_together(autoencoder, tokens):
+    assert max(compare(None, autoencoder, tokens)) < TOGETHER
+
+
+def test_attention_to_many_tokens_stays_where_it_is_cheaper():
+    model, params = make(tokens=77)
+    folded, its = fold.fold(model, params, ("prompt",))
+    assert folded.needs_prompt and shapes(its) == shapes(params)
+    assert not layers.collapses(320, 8, 77) and layers.collapses(320, 5, 77)  # SD 1.5, SD 2.1
+
+
+def test_what_does_not_change_is_shared():
+    model, params = make()
+    _, its = fold.fold(model, params)
+    path = ("unet", "mid_block", "resnets_0", "conv2", "kernel")
+    assert keys.flatten(its)[path] is keys.flatten(params)[path]
+
+
+def test_phase_kernels_are_undone_exactly_enough():
+    kernel = np.random.default_rng(0).normal(size=(3, 3, 4, 5)).astype(np.float32)
+    phases = layers.phase_kernel(kernel)
+    assert phases.shape == (2, 2, 2, 2, 4, 5)
+    np.testing.assert_allclose(layers.whole_kernel(phases), kernel, atol=1e-6)
+    # By hand: an even row and an odd column see rows -1, 0 and columns 0, 1.
+    np.testing.assert_allclose(phases[0, 1, 0, 1], kernel[0, 2], atol=1e-6)
+    np.testing.assert_allclose(phases[0, 1, 1, 0], kernel[1:, :2].sum((0, 1)), atol=1e-6)
+
+
+def test_unknown_pieces_and_a_clipped_latent_are_refused():
+    model, params = make()
+    with pytest.raises(ValueError, match=r"unknown pieces \['heads'\]"):
+        fold.fold(model, params, ("heads",))
+    clipped = dataclasses.replace(model, schedule=dataclasses.replace(SCHEDULE, clip_sample=True))
+    with pytest.raises(ValueError, match="clip_sample"):
+        fold.fold(clipped, params, ("head",))
+    assert "head" not in fold.foldable(clipped)
