@@ -1,36 +1,56 @@
-"""The evaluation job: saved models and trivial predictors, over one source, in one table."""
+"""The evaluation job: saved models, saved predictions and trivial predictors, in one table."""
 
 import logging
 import pathlib
 
 from d3epth_jax import baselines, data
-from d3epth_jax.evaluation import Predictor, evaluate
+from d3epth_jax.evaluation import Predictor, batch_size_for, evaluate, name_of
+from d3epth_jax.metrics import EXPONENT
 from d3epth_jax.pipeline import DepthPipeline
+from d3epth_jax.protocols import Protocol, make_protocol
 
 log = logging.getLogger(__name__)
 
+BASELINES = ("constant", "ramp", "mean map")
+# Of the evaluation's settings: what replaces the protocol's own value, where it is set.
+CHANGES = (
+    "min_depth",
+    "max_depth",
+    "clip",
+    "crop",
+    "processing_resolution",
+    "fit_resolution",
+    "alignment",
+)
+
 
 def run(config, workdir: pathlib.Path) -> None:
-    """Writes evaluation.{csv,json,md,png} to the workdir and prints the table."""
+    """Writes evaluation.{csv,json,md,png} and evaluation_worst.png and prints the table."""
     check(config)
-    predictors = make_predictors(config)
+    require_models(config)
+    source = data.make_source(**config.eval.source)
+    predictors = make_predictors(config, source)
+    models = [name for name in predictors if name not in BASELINES]
     results = evaluate(
         predictors,
-        data.make_source(**config.eval.source),
+        source,
+        protocol_of(config.eval),
         title=f"evaluation on {config.eval.source.name}",
-        min_depth=config.eval.min_depth,
-        max_depth=config.eval.max_depth,
         num_images=config.eval.num_images,
         batch_size=config.eval.batch_size,
         num_pictures=config.eval.num_pictures,
         pictured=tuple(config.pictured) or None,
+        num_worst=config.eval.num_pictures,
+        worst_of=next(iter(models), list(predictors)[-1]),
     )
     results.save(workdir)
     print(f"\n{results.table()}\n", flush=True)
-    log.info("table, per-image scores and gallery: %s", workdir / "evaluation.*")
+    log.info("table, per-image scores and galleries: %s", workdir / "evaluation*.*")
 
 
-BASELINES = ("constant", "ramp", "mean map")
+def protocol_of(settings) -> Protocol:
+    """The protocol that an evaluation's settings name, with what they change in it."""
+    return make_protocol(settings.protocol, **{key: settings.get(key) for key in CHANGES})
 
 
 def check(config) -> None:
@@ -38,14 +58,45 @@ def check(config) -> None:
     problems = []
     if unknown := set(config.baselines) - set(BASELINES):
         problems.append(f"unknown baselines {sorted(unknown)}: choose from {list(BASELINES)}")
-    if config.shuffled and config.shuffled not in (*config.baselines, *config.models):
-        problems.append(f"shuffled={config.shuffled!r} is none of the baselines and models")
+    models, predictions = wanted(config)
+    if both := sorted(models.keys() & predictions.keys()):
+        problems.append(f"{both} are names of both models and predictions")
+    if config.shuffled and config.shuffled not in (*config.baselines, *models, *predictions):
+        problems.append(
+            f"shuffled={config.shuffled!r} is none of the baselines, models and predictions"
+        )
+    for name, settings in predictions.items():
+        if settings.space not in EXPONENT:
+            problems.append(
+                f"predictions.{name}.space {settings.space!r}: choose one of {list(EXPONENT)}"
+            )
+    try:
+        protocol_of(config.eval)
+    except ValueError as error:
+        problems.append(str(error))
     if problems:
         raise ValueError("\n".join(problems))
 
 
-def make_predictors(config) -> dict[str, Predictor]:
-    """The rows of the table: baselines, then models, then the shuffled control."""
+def wanted(config) -> tuple[dict, dict]:
+    """({name: directory} of models, {name: settings} of predictions), less those without a path."""
+    models = {name: path for name, path in config.models.items() if path}
+    predictions = config.get("predictions") or {}
+    return models, {name: settings for name, settings in predictions.items() if settings.path}
+
+
+def require_models(config) -> None:
+    """Raises FileNotFoundError with all model directories that are missing."""
+    missing = [path for path in wanted(config)[0].values() if not pathlib.Path(path).is_dir()]
+    if missing:
+        raise FileNotFoundError(f"no model directory at {missing}: train it first, or name another")
+
+
+def make_predictors(config, source) -> dict[str, Predictor]:
+    """The rows of the table: baselines, models, saved predictions, then the shuffled control.
+
+    Raises ValueError with all prediction files that are missing or unusable for the source.
+    """
     makers = {
         "constant": lambda: baselines.constant,
         "ramp": lambda: baselines.ramp,
@@ -56,32 +107,72 @@ def make_predictors(config) -> dict[str, Predictor]:
             width=config.mean_map.width,
         ),
     }
-    missing = [path for path in config.models.values() if not pathlib.Path(path).is_dir()]
-    if missing:
-        raise FileNotFoundError(f"no model directory at {missing}: train it first, or name another")
+    models, predictions = wanted(config)
+    saved = saved_predictions(predictions, source, config.eval.num_images)
     predictors = {name: Predictor(makers[name]()) for name in config.baselines}
-    # A ConfigDict sorts its keys; `order` says which models come first in the table.
-    names = sorted(config.models, key=lambda name: (*config.order, name).index(name))
-    for name in names:
-        pipeline = DepthPipeline.from_pretrained(config.models[name])
-        predictors[name] = model_predictor(pipeline, config.eval)
+    protocol = protocol_of(config.eval)
+    # A ConfigDict sorts its keys; `order` says which come first in the table.
+    for name in sorted(models, key=lambda name: (*config.order, name).index(name)):
+        pipeline = DepthPipeline.from_pretrained(models[name])
+        predictors[name] = model_predictor(pipeline, protocol, config.eval.batch_size)
+    predictors |= saved
     if config.shuffled:
-        shuffled = predictors[config.shuffled]
+        own = predictors[config.shuffled]
         predictors[f"{config.shuffled}, pictures shuffled"] = Predictor(
-            shuffled.predict, shuffled.space, shuffled=True
+            own.predict, own.space, own.note, shuffled=True
         )
     return predictors
 
 
-def model_predictor(pipeline: DepthPipeline, settings) -> Predictor:
-    """A pipeline as a predictor, at the settings of an evaluation config."""
-    resolution = settings.processing_resolution
+def saved_predictions(predictions, source, num_images: int) -> dict[str, Predictor]:
+    """Directories of predictions {name: settings path, space, scale} as predictors of a source."""
+    count = min(len(source), num_images or len(source)) if predictions else 0
+    samples = {
+        name_of(source, i): (
+            _picture_stem(source, i),
+            source.shape(i) if hasattr(source, "shape") else None,
+        )
+        for i in range(count)
+    }
+    found, problems = {}, []
+    for name, settings in predictions.items():
+        try:
+            predict = baselines.SavedPredictions(settings.path, samples, scale=settings.scale)
+        except ValueError as error:
+            problems.append(f"predictions.{name}: {error}")
+            continue
+        smallest, largest = (f"{h}x{w}" for h, w in (min(predict.sizes), max(predict.sizes)))
+        pixels = smallest if smallest == largest else f"{smallest} to {largest}"
+        note = f"files of {settings.path}, {pixels} pixels, resized bilinearly where these differ"
+        found[name] = Predictor(predict, settings.space, note)
+    if problems:
+        raise ValueError("\n".join(problems))
+    return found
 
-    def predict(images):
+
+def _picture_stem(source, index: int) -> list[str]:
+    """The picture's path below the source's root: what `d3epth predict ROOT` calls its results."""
+    if not hasattr(source, "files"):
+        return []
+    picture = pathlib.Path(source.files(index)["image"])
+    root = pathlib.Path(source.root)
+    return [picture.relative_to(root).with_suffix("").as_posix()] if root in picture.parents else []
+
+
+def model_predictor(pipeline: DepthPipeline, protocol: Protocol, batch_size: int) -> Predictor:
+    """A pipeline as a predictor, at the inference size of a protocol."""
+    resolution = protocol.processing_resolution
+    by_default = resolution < 0
+    if by_default:
+        resolution = pipeline.model.processing_resolution
+
+    def predict(images, names):
         return pipeline(
             images,
-            processing_resolution=None if resolution < 0 else resolution,
-            batch_size=settings.batch_size,
+            processing_resolution=resolution,
+            batch_size=batch_size_for(images.shape[1:3], batch_size),
         ).prediction
 
-    return Predictor(predict, pipeline.model.prediction_type)
+    size = f"longest side {resolution} px" if resolution else "the picture's own size"
+    note = f"processed at {size}{' (its default)' * by_default}, predictions resized bilinearly"
+    return Predictor(predict, pipeline.model.prediction_type, note)

@@ -2,27 +2,31 @@
 
 import csv
 import dataclasses
-import functools
 import json
 import pathlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
-import jax
 import numpy as np
 
 from d3epth_jax import gallery, metrics
 from d3epth_jax import image as image_lib
 from d3epth_jax.data import read_samples
 from d3epth_jax.progress import Progress
+from d3epth_jax.protocols import PROTOCOLS, Protocol
 
-COLUMNS = {  # metric key: (title, better is, digits)
-    "abs_rel": ("AbsRel", "lower", 4),
-    "delta1": ("delta1", "higher", 3),
-    "rmse": ("RMSE", "lower", 3),
-    "silog": ("SILog", "lower", 1),
-    "boundary_f1": ("F1", "higher", 3),
-    "negative_scale": ("s<0", "lower", 3),
+COLUMNS = {  # of the table; metric key: (title, digits). All metrics are in the files.
+    "abs_rel": ("AbsRel", 4),
+    "delta1": ("delta1", 3),
+    "rmse": ("RMSE", 3),
+    "silog": ("SILog", 1),
+    "boundary_f1": ("F1", 3),
+    "dbe_acc": ("DBE acc", 2),
+    "dbe_comp": ("DBE comp", 2),
+    "negative_scale": ("s<0", 3),
 }
+LABELS = ("predictor", "image", "group")  # what a row holds besides its metrics
+MAX_GROUPS = 12  # more columns no one can read
+MAX_PIXELS = 2**24  # of a batch: large pictures come in smaller batches
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,14 +34,17 @@ class Predictor:
     """A way to predict depth.
 
     Attributes:
-      predict: pictures uint8 [N,H,W,3] to predictions [N,H,W,1], up to scale and shift.
+      predict: pictures uint8 [N,H,W,3] and the N samples' names to predictions [N,H,W,1], up to
+        scale and shift.
       space: what grows in the prediction, METHOD 2: depth | disparity | sqrt_disparity.
+      note: how it predicts, such as the processing resolution, told with the results.
       shuffled: give it another image's picture, half the set away, while the depth stays: what
         remains of a score then does not come from looking at the picture.
     """
 
-    predict: Callable[[np.ndarray], np.ndarray]
+    predict: Callable[[np.ndarray, Sequence[str]], np.ndarray]
     space: str = "depth"
+    note: str = ""
     shuffled: bool = False
 
 
@@ -46,14 +53,16 @@ class Results:
     """Scores of an evaluation.
 
     Attributes:
-      protocol: one line that says how the numbers were made.
+      protocol: Markdown that says how the numbers were made, in full.
       rows: a dict per image and predictor: predictor, image, group, and the metrics.
       pictures: the gallery, uint8 [H,W,3], or None.
+      worst: the gallery of the worst images, or None.
     """
 
     protocol: str
     rows: list[dict]
-    pictures: np.ndarray | None
+    pictures: np.ndarray | None = None
+    worst: np.ndarray | None = None
 
     def mean(self, predictor: str, metric: str = "abs_rel", group: str | None = None) -> float:
         """Unweighted mean over the images of a predictor, or over those of one group.
@@ -61,7 +70,7 @@ class Results:
         Images on which a metric is not defined (no valid pixel) do not count; NaN if none is left.
         """
         values = [
-            row[metric]
+            row.get(metric, np.nan)
             for row in self.rows
             if row["predictor"] == predictor and group in (None, row["group"])
         ]
@@ -77,22 +86,26 @@ class Results:
     def groups(self) -> list[str]:
         return sorted({row["group"] for row in self.rows})
 
+    @property
+    def metrics(self) -> list[str]:
+        return [
+            key for key in dict.fromkeys(k for row in self.rows for k in row) if key not in LABELS
+        ]
+
     def mean_over_groups(self, predictor: str, metric: str = "abs_rel") -> float:
         """Mean per group, then over groups: a source with many pictures counts once."""
         return float(np.mean([self.mean(predictor, metric, group) for group in self.groups]))
 
     def table(self) -> str:
         """Markdown tables that also read well on a terminal, under the protocol."""
-        header = ["predictor", *(title for title, _, _ in COLUMNS.values())]
+        columns = {key: COLUMNS[key] for key in COLUMNS if key in self.metrics}
+        header = ["predictor", *(title for title, _ in columns.values())]
         rows = [
-            [
-                name,
-                *(f"{self.mean(name, key):.{digits}f}" for key, (_, _, digits) in COLUMNS.items()),
-            ]
+            [name, *(f"{self.mean(name, key):.{digits}f}" for key, (_, digits) in columns.items())]
             for name in self.predictors
         ]
         text = [self.protocol, "", format_table(header, rows)]
-        if len(self.groups) > 1:
+        if 1 < len(self.groups) <= MAX_GROUPS:
             header = ["AbsRel by source", *self.groups, "mean of sources"]
             rows = [
                 [
@@ -106,128 +119,212 @@ class Results:
         return "\n".join(text)
 
     def save(self, directory: pathlib.Path, name: str = "evaluation") -> None:
-        """Writes NAME.csv (a line per image and predictor), .md, .json and .png (the gallery)."""
+        """Writes NAME.csv (a line per image and predictor), .md, .json, .png and _worst.png."""
         directory.mkdir(parents=True, exist_ok=True)
         with (directory / f"{name}.csv").open("w", newline="") as file:
-            writer = csv.DictWriter(file, list(self.rows[0]))
+            writer = csv.DictWriter(file, [*LABELS, *self.metrics], restval="")
             writer.writeheader()
             writer.writerows(self.rows)
         (directory / f"{name}.md").write_text(self.table() + "\n")
-        keys = [key for key in self.rows[0] if key not in ("predictor", "image", "group")]
-        means = {p: {key: _or_none(self.mean(p, key)) for key in keys} for p in self.predictors}
-        summary = {"protocol": self.protocol, "mean": means}
+        summary = {
+            "protocol": self.protocol,
+            "mean": {
+                p: {key: _or_none(self.mean(p, key)) for key in self.metrics}
+                for p in self.predictors
+            },
+            "abs_rel_by_group": {
+                p: {group: _or_none(self.mean(p, group=group)) for group in self.groups}
+                for p in self.predictors
+            },
+        }
         (directory / f"{name}.json").write_text(json.dumps(summary, indent=2) + "\n")
-        if self.pictures is not None:
-            image_lib.save_png(directory / f"{name}.png", self.pictures)
+        for end, pictures in (("", self.pictures), ("_worst", self.worst)):
+            if pictures is not None:
+                image_lib.save_png(directory / f"{name}{end}.png", pictures)
 
 
 def evaluate(
     predictors: Mapping[str, Predictor],
     source,
+    protocol: Protocol = PROTOCOLS["default"],
     *,
-    min_depth: float,
-    max_depth: float,
     title: str = "evaluation",
     num_images: int | None = None,
     batch_size: int = 16,
     num_pictures: int = 8,
-    pictured: tuple[str, ...] | None = None,
+    pictured: Sequence[str] | None = None,
+    num_worst: int = 0,
+    worst_of: str | None = None,
 ) -> Results:
-    """Scores predictors on a source of {image, depth in metres, mask}.
+    """Scores predictors on a source of {image, depth in metres, mask}, as a protocol says.
 
-    Per image: least squares in the predictor's space over mask & min < d < max (metres), clipped to
-    that range, then the metrics at the ground truth's resolution.
+    Samples that have "edges" (bool [H,W,1], iBims-1) are also scored by their boundary errors.
 
     Args:
-      source: `__len__`, `__getitem__`, and if it has them `name(i)` and `group(i)`.
+      source: `__len__`, `__getitem__`, and if it has them `name(i)`, `group(i)` and `shape(i)`.
       num_images: evaluate the first so many only; None all.
+      batch_size: pictures given to a predictor at once; fewer if they are large.
       num_pictures: rows of the gallery, evenly spread over the images; 0 for none.
-      pictured: predictors shown in the gallery, None all.
+      pictured: predictors shown in the galleries, None all.
+      num_worst: rows of the gallery of the images on which `worst_of` (None: the first predictor
+        that is shown) has the highest AbsRel.
+
+    Raises ValueError if there is nothing to evaluate or a predictor's answer is unusable.
     """
     count = min(len(source), num_images or len(source))
     if not count or not predictors:
         raise ValueError("nothing to evaluate: no image, or no predictor")
-    shown = (
-        set(np.linspace(0, count - 1, num_pictures).round().astype(int)) if num_pictures else set()
-    )
-    rows, cells, known = [], {}, 0
+    if count == 1 and any(predictor.shuffled for predictor in predictors.values()):
+        raise ValueError("a shuffled predictor needs a second image to be shown instead")
+    pictured = [name for name in predictors if pictured is None or name in pictured]
+    worst_of = worst_of or next(iter(pictured), next(iter(predictors)))
+    chosen = np.linspace(0, count - 1, num_pictures).round().astype(int)
+    galleries = gallery.Galleries(set(chosen.tolist()), num_worst)
+    rows, sizes, known = [], set(), 0
     progress = Progress(title, count, unit="image")
-    for indices in _batches_of_one_size(source, count, batch_size):
+    for indices in _batches(source, count, batch_size):
         samples = read_samples(source, indices)
-        images, depth, mask = (
-            np.stack([s[key] for s in samples]) for key in ("image", "depth", "mask")
-        )
-        counted = mask & (depth > min_depth) & (depth < max_depth)
-        known += int(counted.any((1, 2, 3)).sum())
+        counted = [protocol.valid(sample["depth"], sample["mask"]) for sample in samples]
+        known += sum(bool(pixels.any()) for pixels in counted)
+        sizes |= {sample["depth"].shape[:2] for sample in samples}
+        kept, errors = [{} for _ in indices], [np.nan for _ in indices]
         for name, predictor in predictors.items():
-            if predictor.shuffled:
-                others = [(i + max(1, count // 2)) % count for i in indices]
-                size = images.shape[1:3]
-                pictures = np.stack([_picture(s, size) for s in read_samples(source, others)])
-            else:
-                pictures = images
-            prediction = _padded(predictor.predict, pictures, batch_size)
-            finite = np.isfinite(prediction).all((1, 2, 3))
-            if not finite.all():
-                broken = [_name(source, i) for i, f in zip(indices, finite, strict=True) if not f]
-                raise ValueError(f"{name} predicts NaN or infinity on {', '.join(broken)}")
-            scores, aligned = _padded(
-                functools.partial(_score, predictor.space, min_depth, max_depth),
-                (prediction, depth, counted),
-                batch_size,
-            )
+            predictions = _predict(name, predictor, source, indices, samples, count)
             for j, index in enumerate(indices):
-                rows.append(
-                    {
-                        "predictor": name,
-                        "image": _name(source, index),
-                        "group": source.group(index) if hasattr(source, "group") else "all",
-                        **{key: float(value[j]) for key, value in scores.items()},
-                    }
+                scores, metres = score(
+                    predictions[j], samples[j], counted[j], predictor.space, protocol
                 )
-                if index in shown and (pictured is None or name in pictured):
-                    cells.setdefault(index, {})[name] = np.asarray(aligned[j])
+                labels = name, name_of(source, index), _group(source, index)
+                rows.append(dict(zip(LABELS, labels, strict=True)) | scores)
+                if name in pictured:
+                    kept[j][name] = gallery.thin(metres).astype(np.float32)
+                if name == worst_of:
+                    errors[j] = scores["abs_rel"]
+                del metres  # before the next one is made: it may have 24 megapixels
         for j, index in enumerate(indices):
-            if index in cells:
-                cells[index] = gallery.row(images[j], depth[j], counted[j], cells[index])
+            truth = (samples[j]["image"], samples[j]["depth"], counted[j])
+            name = name_of(source, index)
+            galleries.add(index, name, errors[j], *map(gallery.thin, truth), kept[j])
         progress.update(indices[-1] + 1)
-    spaces = sorted({predictor.space for predictor in predictors.values()})
-    return Results(
-        protocol=(
-            f"{title}: {known} of {count} images have valid pixels;"
-            f" least squares in {' / '.join(spaces)} over valid pixels with"
-            f" {min_depth:g} < d < {max_depth:g} m, clipped to that range; mean over images"
-        ),
-        rows=rows,
-        pictures=gallery.sheet([cells[i] for i in sorted(cells)]) if cells else None,
-    )
+    pictures, worst = galleries.sheets()
+    header = _header(title, protocol, predictors, count, known, sizes)
+    if worst is not None:
+        header += f"\n- worst images: by AbsRel of {worst_of}"
+    return Results(header, rows, pictures, worst)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2))
-def _score(space: str, min_depth: float, max_depth: float, arrays) -> tuple[dict, jax.Array]:
-    prediction, depth, counted = arrays
+def score(
+    prediction: np.ndarray,
+    sample: Mapping[str, np.ndarray],
+    counted: np.ndarray,
+    space: str,
+    protocol: Protocol,
+) -> tuple[dict[str, float], np.ndarray]:
+    """(metrics, aligned prediction in metres float64 [H,W,1]) of one prediction [H,W,1].
+
+    counted: the pixels that count, bool [H,W,1].
+    """
+    low, high = protocol.clip_range
+    truth = sample["depth"][None], counted[None]
     aligned, scale = metrics.align_to_metric(
-        prediction, depth, counted, space=space, min_depth=min_depth, max_depth=max_depth
+        prediction[None],
+        *truth,
+        space=space,
+        alignment=protocol.alignment,
+        min_depth=low,
+        max_depth=high,
+        max_resolution=protocol.fit_resolution,
     )
-    scores = metrics.compute(aligned, depth, counted, min_depth=min_depth, max_depth=max_depth)
-    scores["boundary_f1"] = metrics.boundary_f1(aligned, depth, counted)
-    scores["negative_scale"] = (scale < 0).astype(np.float32)
-    return scores, aligned
+    # The range is in `counted` already, and the prediction clipped to its own.
+    scores = metrics.compute(aligned, *truth, min_depth=0, max_depth=np.inf)
+    scores = {key: float(value[0]) for key, value in scores.items()}
+    scores["boundary_f1"] = float(metrics.boundary_f1(aligned, *truth)[0])
+    if "edges" in sample:
+        edges = sample["edges"][..., 0]
+        scores |= metrics.depth_boundary_errors(aligned[0, ..., 0], edges)
+    scores["negative_scale"] = float(scale[0] < 0)
+    return scores, aligned[0]
 
 
-def _padded(function, arrays, batch_size: int):
-    """Calls with the last item repeated up to `batch_size`: one compilation per picture size."""
-    count = len(jax.tree.leaves(arrays)[0])
-    fill = batch_size - count
-    full = jax.tree.map(lambda x: np.concatenate([x, np.repeat(x[-1:], fill, 0)]), arrays)
-    return jax.tree.map(lambda x: np.asarray(x)[:count], function(full))
+def batch_size_for(size: tuple[int, int], batch_size: int) -> int:
+    """How many pictures of (H, W) pixels are worked on at once: at most `batch_size`."""
+    return max(1, min(batch_size, MAX_PIXELS // (size[0] * size[1])))
 
 
-def _name(source, index: int) -> str:
+def _predict(
+    name: str,
+    predictor: Predictor,
+    source,
+    indices: Sequence[int],
+    samples: Sequence[Mapping[str, np.ndarray]],
+    count: int,
+) -> np.ndarray:
+    """Predictions [N,H,W,1] for a batch, checked; ValueError says what is wrong with them."""
+    size = samples[0]["image"].shape[:2]
+    shown = list(indices)
+    if predictor.shuffled:
+        shown = [(i + count // 2) % count for i in indices]
+        samples = read_samples(source, shown)
+    images = np.stack([_picture(sample, size) for sample in samples])
+    prediction = np.asarray(predictor.predict(images, [name_of(source, i) for i in shown]))
+    if prediction.shape != (expected := (len(indices), *size, 1)):
+        raise ValueError(f"{name} predicts {list(prediction.shape)}, expected {list(expected)}")
+    finite = [bool(np.isfinite(each).all()) for each in prediction]
+    if not all(finite):
+        broken = [name_of(source, i) for i, f in zip(indices, finite, strict=True) if not f]
+        raise ValueError(f"{name} predicts NaN or infinity on {', '.join(broken)}")
+    return prediction
+
+
+def _header(
+    title: str,
+    protocol: Protocol,
+    predictors: Mapping[str, Predictor],
+    count: int,
+    known: int,
+    sizes: set[tuple[int, int]],
+) -> str:
+    """All that is needed to know what the numbers are, and to compare them, in Markdown."""
+    images = f"{count} image{'s' * (count != 1)}, {known} with valid pixels"
+    if protocol.num_images == count:
+        images += f": as many as the published split has ({protocol.split})"
+    elif protocol.num_images:
+        images += (
+            f"; the published split has {protocol.num_images} ({protocol.split}):"
+            " its numbers do not compare with these"
+        )
+    elif protocol.split:
+        images += f"; {protocol.split}"
+    smallest, largest = (f"{h}x{w}" for h, w in (min(sizes), max(sizes)))
+    pixels = smallest if smallest == largest else f"{smallest} to {largest}"
+    lines = [f"images: {images}", f"ground truth: {pixels} pixels (height x width)"]
+    lines += protocol.describe()
+    for name, predictor in predictors.items():
+        space = protocol.alignment or predictor.space
+        told = f"{name}: predicts {predictor.space}"
+        if space != "none":
+            told += f", aligned in {space}"
+        if space not in ("depth", "none"):
+            least = metrics.LEAST_DISPARITY
+            told += f" (fit over prediction > 0; fitted values raised to {least:g}, then inverted)"
+        lines.append(told + f"; {predictor.note}" * bool(predictor.note))
+    lines.append(
+        "metrics: per image at the ground truth's size, then the unweighted mean over the images"
+        " that have valid pixels"
+    )
+    return "\n".join([f"{title}, protocol {protocol.name}", "", *(f"- {line}" for line in lines)])
+
+
+def name_of(source, index: int) -> str:
+    """A sample's name, or its number where the source has no names."""
     return source.name(index) if hasattr(source, "name") else f"{index:06d}"
 
 
-def _picture(sample: dict, size: tuple[int, int]) -> np.ndarray:
+def _group(source, index: int) -> str:
+    return source.group(index) if hasattr(source, "group") else "all"
+
+
+def _picture(sample: Mapping[str, np.ndarray], size: tuple[int, int]) -> np.ndarray:
     picture = sample["image"]
     if picture.shape[:2] == size:
         return picture
@@ -235,16 +332,16 @@ def _picture(sample: dict, size: tuple[int, int]) -> np.ndarray:
     return np.clip(np.round(resized), 0, 255).astype(np.uint8)
 
 
-def _batches_of_one_size(source, count: int, batch_size: int):
-    """Runs of successive indices whose pictures have one size."""
-    batch, size = [], None
+def _batches(source, count: int, batch_size: int) -> Iterator[list[int]]:
+    """Runs of successive indices whose pictures have one size, fewer of large ones."""
+    batch, size, limit = [], None, batch_size
     for index in range(count):
         this = source.shape(index) if hasattr(source, "shape") else None
-        if batch and (this != size or len(batch) == batch_size):
+        if batch and (this != size or len(batch) == limit):
             yield batch
             batch = []
         batch.append(index)
-        size = this
+        size, limit = this, batch_size_for(this, batch_size) if this else batch_size
     yield batch
 
 

@@ -5,6 +5,7 @@ prediction followed by its error in a range fixed for the whole sheet.
 """
 
 import math
+import textwrap
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
@@ -23,6 +24,17 @@ LINES = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#000
 class Row(NamedTuple):
     title: str
     cells: dict[str, np.ndarray]  # column title -> uint8 [H, W, 3]
+
+
+def thin(array: np.ndarray) -> np.ndarray:
+    """About every n-th pixel of [H, W, C], a copy, small enough to be kept until it is drawn."""
+    step = max(1, array.shape[1] // (4 * CELL_WIDTH))
+    # Each time another one of n: else depth on every n-th line may never be met.
+    rows, columns = (
+        np.minimum(np.arange(0, size, step) + np.arange(-(-size // step)) % step, size - 1)
+        for size in array.shape[:2]
+    )
+    return array[rows[:, None], columns]
 
 
 def depth_range(depth: np.ndarray, mask: np.ndarray) -> tuple[float, float]:
@@ -77,14 +89,51 @@ def row(
     """One image's cells: picture uint8 [H,W,3], ground truth, and per prediction depth and error.
 
     Depth, mask and the aligned predictions are [H, W, 1], in metres. Without a title the row is
-    labelled by its colour range.
+    labelled by its colour range. Cells are no wider than CELL_WIDTH.
     """
     low, high = depth_range(depth, mask)
     cells = {"image": image, "ground truth": depth_cell(depth, low, high, mask)}
     for name, prediction in predictions.items():
         cells[name] = depth_cell(prediction, low, high)
         cells[f"error: {name}"] = error_cell(prediction, depth, mask)
-    return Row(f"{low:.1f} to\n{high:.1f} m" if title is None else title, cells)
+    cells = {
+        name: np.asarray(_scaled(cell, min(CELL_WIDTH, cell.shape[1])))
+        for name, cell in cells.items()
+    }
+    colours = f"{low:.1f} to\n{high:.1f} m"
+    return Row(colours if title is None else f"{title}\n{colours}", cells)
+
+
+class Galleries:
+    """Two galleries that an evaluation fills as it goes: chosen images, and the worst ones.
+
+    Only drawn rows are kept, so that a set of any length needs little memory.
+    """
+
+    def __init__(self, chosen: set[int], num_worst: int):
+        self._chosen, self._num_worst = chosen, num_worst
+        self._rows: dict[int, Row] = {}
+        self._worst: list[tuple[float, int, Row]] = []
+
+    def add(self, index: int, name: str, error: float, *arrays) -> None:
+        """Draws an image if it is chosen or among the worst so far; `arrays` as `row` takes them.
+
+        error: what "worst" means, NaN if there is none.
+        """
+        if index in self._chosen:
+            self._rows[index] = row(*arrays)
+        full = len(self._worst) == self._num_worst
+        if self._num_worst and math.isfinite(error) and not (full and error <= self._worst[-1][0]):
+            title = f"AbsRel {error:.3f}\n{textwrap.fill(name.replace('/', '/ '), 24)}"
+            self._worst.append((error, index, row(*arrays, title=title)))
+            self._worst.sort(key=lambda entry: (-entry[0], entry[1]))
+            del self._worst[self._num_worst :]
+
+    def sheets(self) -> tuple[np.ndarray | None, np.ndarray | None]:
+        """(chosen, worst first), uint8 [H,W,3] each, None without a row."""
+        chosen = [self._rows[index] for index in sorted(self._rows)]
+        worst = [row for _, _, row in self._worst]
+        return tuple(sheet(rows) if rows else None for rows in (chosen, worst))
 
 
 def sheet(rows: Sequence[Row], *, cell_width: int = CELL_WIDTH) -> np.ndarray:
@@ -120,14 +169,16 @@ def contact_sheet(
     font = ImageFont.load_default(15)
     margin, gap, line = 14, 6, 19
     pen = ImageDraw.Draw(Image.new("RGB", (1, 1)))
-    label_width = max(
-        (pen.multiline_textbbox((0, 0), t, font)[2] for t in row_titles if t), default=0
-    )
+    labels = [pen.multiline_textbbox((0, 0), title, font)[2:] for title in row_titles]
+    label_width = max((width for width, _ in labels), default=0)
     left = margin + math.ceil(label_width) + (12 if label_width else 0)
     headings = [_wrap(title, font, cell_width) for title in column_titles]
     top = margin + line * max((len(lines) for lines in headings), default=0) + gap
     scaled = [[_scaled(cell, cell_width) for cell in row] for row in rows]
-    heights = [max((c.height for c in row if c is not None), default=line) for row in scaled]
+    heights = [
+        max([line, label, *(cell.height for cell in row if cell is not None)])
+        for row, (_, label) in zip(scaled, labels, strict=True)
+    ]
 
     width = left + len(column_titles) * (cell_width + gap) - gap + margin
     canvas = Image.new("RGB", (width, top + sum(heights) + gap * len(heights) + gap), "white")

@@ -44,6 +44,48 @@ def test_sparse_depth_stays_visible_when_shrunk():
     assert (body.max(-1) - body.min(-1)).max() > 60  # a coloured pixel amid grey, white and ink
 
 
+def test_large_maps_are_thinned_without_missing_every_nth_line():
+    mask = np.zeros((1200, 3000, 1), bool)
+    mask[1::3] = True
+    thin = gallery.thin(mask)
+    assert thin.shape == (400, 1000, 1) and 0.2 < thin.mean() < 0.5
+    small = np.arange(30.0).reshape(5, 6, 1)
+    np.testing.assert_array_equal(gallery.thin(small), small)
+    assert not np.shares_memory(gallery.thin(small), small)
+    assert gallery.thin(np.zeros((1, 5999, 1))).shape[:2] == (1, 1000)
+
+
+def test_galleries_keep_the_chosen_and_the_worst_images():
+    depth = np.full((6, 8, 1), 2.0)
+    galleries = gallery.Galleries({1, 3}, num_worst=2)
+    errors = [0.5, 0.1, np.nan, 0.9, 0.2, 0.7]
+    for index, error in enumerate(errors):
+        arrays = colored(index, 8, 6), depth + index, depth > 0, {"ramp": depth + index}
+        galleries.add(index, f"room/{index}", error, *arrays)
+    assert [row.title for row in galleries._rows.values()] == ["3.0 to\n3.0 m", "5.0 to\n5.0 m"]
+    titles = [row.title for _, _, row in galleries._worst]
+    assert titles == [
+        "AbsRel 0.900\nroom/ 3\n5.0 to\n5.0 m",
+        "AbsRel 0.700\nroom/ 5\n7.0 to\n7.0 m",
+    ]
+    chosen, worst = galleries.sheets()
+    assert chosen.dtype == worst.dtype == np.uint8
+    assert gallery.Galleries(set(), 0).sheets() == (None, None)
+
+
+def test_long_row_titles_make_room():
+    cells = [[colored(9, 200, 20)]] * 2
+    low = gallery.contact_sheet(cells, ["a"], ["one", "two"])
+    high = gallery.contact_sheet(cells, ["a"], ["a\nb\nc\nd", "two"])
+    assert high.shape[0] > low.shape[0] + 30
+
+
+def test_rows_of_large_pictures_are_small():
+    depth = np.ones((500, 3000, 1), np.float32)
+    row = gallery.row(colored(7, 3000, 500), depth, depth > 0, {"ramp": depth})
+    assert {cell.shape for cell in row.cells.values()} == {(40, 240, 3)}
+
+
 def test_contact_sheet_is_a_grid():
     colors = [[(250, 0, 0), (0, 250, 0)], [(0, 0, 250), None], [(9, 9, 99), (99, 9, 9)]]
     rows = [[None if c is None else colored(c) for c in row] for row in colors]

@@ -103,7 +103,8 @@ def test_eval_job_writes_table_scores_and_gallery(tmp_path, capsys):
     evaluate.run(config, tmp_path / "out")
     assert "| ramp" in capsys.readouterr().out
     assert {p.name for p in (tmp_path / "out").iterdir()} == {
-        f"evaluation.{kind}" for kind in ("csv", "json", "md", "png")
+        *(f"evaluation.{kind}" for kind in ("csv", "json", "md", "png")),
+        "evaluation_worst.png",
     }
     lines = (tmp_path / "out/evaluation.csv").read_text().splitlines()
     assert len(lines) == 1 + 4 * 3

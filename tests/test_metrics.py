@@ -1,17 +1,13 @@
-import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from d3epth_jax import metrics
+from d3epth_jax.metrics import align_to_metric as align
+from d3epth_jax.metrics import boundary_f1, compute
+from tests import metrics_oracle
 
 KEYS = {"abs_rel", "sq_rel", "rmse", "rmse_log", "log10", "i_rmse", "silog"}
 KEYS |= {"delta1", "delta2", "delta3"}
-compute = jax.jit(metrics.compute, static_argnames=("min_depth", "max_depth"))
-align = jax.jit(
-    metrics.align_to_metric, static_argnames=("space", "min_depth", "max_depth", "max_resolution")
-)
-boundary_f1 = jax.jit(metrics.boundary_f1)
 
 
 def sample(seed=0, shape=(3, 14, 19, 1), density=0.8):
@@ -21,27 +17,6 @@ def sample(seed=0, shape=(3, 14, 19, 1), density=0.8):
     return pred, target, rng.uniform(size=shape) < density
 
 
-def reference(pred, target, mask, low, high):
-    """One image in float64, by boolean indexing."""
-    valid = mask & (target > low) & (target < high)
-    p, d = pred[valid].astype(np.float64), target[valid].astype(np.float64)
-    p = np.clip(np.clip(p, low, high), 1e-6, None)
-    e = np.log(p) - np.log(d)
-    worst = np.maximum(p / d, d / p)
-    return {
-        "abs_rel": np.mean(np.abs(p - d) / d),
-        "sq_rel": np.mean((p - d) ** 2 / d),
-        "rmse": np.sqrt(np.mean((p - d) ** 2)),
-        "rmse_log": np.sqrt(np.mean(e**2)),
-        "log10": np.mean(np.abs(np.log10(p) - np.log10(d))),
-        "delta1": np.mean(worst < 1.25),
-        "delta2": np.mean(worst < 1.25**2),
-        "delta3": np.mean(worst < 1.25**3),
-        "i_rmse": np.sqrt(np.mean((1 / p - 1 / d) ** 2)),
-        "silog": 100 * np.std(e),
-    }
-
-
 @pytest.mark.parametrize(("low", "high"), [(1e-3, 10.0), (0.5, 3.0), (0.0, np.inf)])
 def test_metrics_equal_their_formulas(low, high):
     pred, target, mask = sample()
@@ -49,8 +24,10 @@ def test_metrics_equal_their_formulas(low, high):
     ours = compute(pred, target, mask, min_depth=low, max_depth=high)
     assert set(ours) == KEYS
     for i in range(len(pred)):
-        for name, value in reference(pred[i], target[i], mask[i], low, high).items():
-            assert float(ours[name][i]) == pytest.approx(value, rel=2e-5), name
+        counted = mask[i] & (target[i] > low) & (target[i] < high)
+        clipped = np.clip(pred[i].astype(np.float64), max(low, 1e-6), high)
+        for name, value in metrics_oracle.metrics(clipped, target[i], counted).items():
+            assert ours[name][i] == pytest.approx(value, rel=1e-9), name
 
 
 def test_unknown_pixels_never_matter():
@@ -88,113 +65,165 @@ def test_an_image_without_a_valid_pixel_is_nan_and_alone():
         assert np.isnan(value[2]) or name == "boundary_f1"
 
 
-@pytest.mark.parametrize("space", ["depth", "disparity", "sqrt_disparity"])
+SPACES = {"depth": 1, "disparity": -1, "sqrt_disparity": -0.5}
+
+
+@pytest.mark.parametrize("space", SPACES)
 def test_alignment_to_metres_is_least_squares_in_its_space(space):
     rng = np.random.default_rng(0)
     _, target, mask = sample(shape=(3, 24, 31, 1))
-    power = {"depth": 1, "disparity": -1, "sqrt_disparity": -0.5}[space]
-    values = target.astype(np.float64) ** power
+    values = target.astype(np.float64) ** SPACES[space]
     pred = (0.3 * values + 0.1 + rng.normal(0, 0.05, values.shape)).astype(np.float32)
     pred[:, :, :2] = 0
     low, high = 0.3, 8.0
-    metres, scale = align(pred, target, mask, space=space, min_depth=low, max_depth=high)
+    counted = mask & (target > low) & (target < high)
+    metres, scale = align(pred, target, counted, space=space, min_depth=low, max_depth=high)
     for i in range(len(pred)):
-        fit = mask[i] & (target[i] > low) & (target[i] < high)
-        if space != "depth":
-            fit &= pred[i] > 0
-        p = pred[i].astype(np.float64)
-        design = np.stack([p[fit], np.ones(fit.sum())], 1)
-        (s, t), *_ = np.linalg.lstsq(design, values[i][fit], rcond=None)
-        expected = s * p + t
-        if space != "depth":
-            expected = np.maximum(expected, 1e-3) ** (1 / power)
-        assert float(scale[i]) == pytest.approx(s, rel=1e-5)
-        np.testing.assert_allclose(metres[i], np.clip(expected, low, high), rtol=2e-5)
+        arrays = (x[i, ..., 0] for x in (pred, target, counted))
+        expected, slope = metrics_oracle.align(*arrays, space, (low, high))
+        assert scale[i] == pytest.approx(slope, rel=1e-9)
+        np.testing.assert_allclose(metres[i, ..., 0], expected, rtol=1e-9)
     assert (metres == low).any() and (metres == high).any()  # clipping was at work
 
 
-def test_alignment_of_a_large_offset_keeps_its_digits():
+@pytest.mark.parametrize("space", SPACES)
+@pytest.mark.parametrize(("scale", "offset"), [(1, 0), (1e-3, 1e3), (50, 1e6), (1e4, -1e4)])
+def test_an_affine_prediction_is_perfect_whatever_its_offset(space, scale, offset):
     _, target, mask = sample()
-    pred = (1e3 + 1e-2 * target).astype(np.float32)
-    metres, _ = align(pred, target, mask, space="depth", min_depth=0.0, max_depth=np.inf)
-    for i in range(len(pred)):
-        p, d = pred[i].astype(np.float64), target[i].astype(np.float64)
-        s, t = np.polyfit(p[mask[i]] - 1e3, d[mask[i]], 1)
-        np.testing.assert_allclose(metres[i], np.maximum(s * (p - 1e3) + t, 1e-6), atol=1e-4)
+    if space != "depth":
+        offset = abs(offset)  # the fit is over prediction > 0
+    pred = scale * target.astype(np.float64) ** SPACES[space] + offset
+    metres, _ = align(pred, target, mask, space=space, min_depth=1e-3, max_depth=80.0)
+    scores = compute(metres, target, mask, min_depth=1e-3, max_depth=80.0)
+    assert (scores["abs_rel"] < 1e-6).all() and (scores["delta1"] == 1).all()
 
 
-def test_alignment_without_a_fit_is_the_mean():
+@pytest.mark.parametrize("space", SPACES)
+def test_an_affine_prediction_in_float32_is_perfect_too(space):
+    _, target, mask = sample()
+    pred = (7 * target.astype(np.float64) ** SPACES[space] + 1).astype(np.float32)
+    metres, _ = align(pred, target, mask, space=space, min_depth=1e-3, max_depth=80.0)
+    assert (compute(metres, target, mask, min_depth=0, max_depth=80)["abs_rel"] < 1e-6).all()
+
+
+@pytest.mark.parametrize("space", SPACES)
+@pytest.mark.parametrize("alignment", SPACES)
+def test_a_prediction_can_be_aligned_in_another_space_than_its_own(space, alignment):
+    _, target, mask = sample()
+    pred = 3 * target.astype(np.float64) ** SPACES[space]  # right up to scale, so in every space
+    options = {"space": space, "alignment": alignment, "min_depth": 1e-3, "max_depth": 80.0}
+    metres, scale = align(pred, target, mask, **options)
+    np.testing.assert_allclose(metres[mask], target[mask], rtol=1e-9)
+    assert (scale > 0).all()
+    if alignment != space:  # with a shift it is right in its own space alone
+        shifted, _ = align(pred + 1, target, mask, **options)
+        assert np.abs(shifted / target - 1)[mask].mean() > 0.02
+
+
+def test_a_depth_of_zero_is_the_nearest_also_where_disparities_are_aligned():
+    _, target, mask = sample()
+    pred = target.copy()
+    pred[:, 3:5] = 0
+    metres, scale = align(
+        pred, target, mask, space="depth", alignment="disparity", min_depth=0.1, max_depth=80.0
+    )
+    assert (metres[:, 3:5] == 0.1).all()
+    np.testing.assert_allclose(scale, 1)  # they are not fitted
+    pred = 1 / target
+    pred[:, 3:5] = 0
+    options = {"space": "disparity", "alignment": "depth", "min_depth": 0.1, "max_depth": 80.0}
+    assert (align(pred, target, mask, **options)[0][:, 3:5] == 80).all()  # no disparity: far
+
+
+def test_metric_predictions_need_no_alignment():
+    _, target, mask = sample()
+    for space, power in SPACES.items():
+        pred = (2 * target.astype(np.float64)) ** power
+        options = {"space": space, "alignment": "none", "min_depth": 1e-3, "max_depth": 500.0}
+        metres, scale = align(pred, target, mask, **options)
+        np.testing.assert_allclose(metres, 2 * target, rtol=1e-9)
+        np.testing.assert_array_equal(scale, 1)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("value", [0.0, 0.1, 1e6])
+def test_alignment_without_a_fit_is_the_mean(dtype, value):
     pred, target, mask = sample()
-    pred[:] = 0.5
+    pred = np.full(pred.shape, value, dtype)
     mask[2] = False
     metres, scale = align(pred, target, mask, space="depth", min_depth=1e-3, max_depth=1e3)
     np.testing.assert_array_equal(scale, 0)
     for i in (0, 1):
-        np.testing.assert_allclose(metres[i], target[i][mask[i]].mean(), rtol=1e-5)
+        np.testing.assert_allclose(metres[i], target[i][mask[i]].astype(float).mean(), rtol=1e-6)
     assert np.isfinite(metres).all()
 
 
-def test_large_images_are_fitted_on_a_nearest_subsampling():
-    """As torch's nearest interpolation with scale factor 10/31 samples them."""
-    pred, target, mask = sample(shape=(2, 20, 31, 1))
+@pytest.mark.parametrize("shape", [(20, 31), (31, 20), (63, 95), (40, 100)])
+def test_large_images_are_fitted_on_a_nearest_subsampling(shape):
+    """As torch's nearest interpolation with a scale factor samples them."""
+    import torch
+
+    pred, target, mask = sample(shape=(2, *shape, 1))
     options = {"space": "depth", "min_depth": 0.0, "max_depth": np.inf}
     metres, scale = align(pred, target, mask, max_resolution=10, **options)
-    rows = np.floor(np.arange(int(20 * 10 / 31)) * 3.1).astype(int)
-    columns = np.floor(np.arange(10) * 3.1).astype(int)
+    resized = [
+        torch.nn.functional.interpolate(
+            torch.tensor(x[..., 0].astype(np.float64))[:, None],
+            scale_factor=10 / max(shape),
+            mode="nearest",
+        )[:, 0].numpy()
+        for x in (pred, target, mask)
+    ]
     for i in range(2):
-        small = [x[i, rows][:, columns, 0] for x in (pred, target, mask)]
-        s, t = np.polyfit(small[0][small[2]].astype(np.float64), small[1][small[2]], 1)
-        assert float(scale[i]) == pytest.approx(s, rel=1e-4)
-        np.testing.assert_allclose(metres[i], np.maximum(s * pred[i] + t, 1e-6), rtol=1e-4)
-    same, _ = align(pred, target, mask, max_resolution=31, **options)
+        p, d, m = (x[i] for x in resized)
+        s, t = np.polyfit(p[m > 0], d[m > 0], 1)
+        assert scale[i] == pytest.approx(s, rel=1e-9)
+        np.testing.assert_allclose(metres[i], np.maximum(s * pred[i] + t, 1e-6), rtol=1e-6)
+    same, _ = align(pred, target, mask, max_resolution=max(shape), **options)
     np.testing.assert_array_equal(same, align(pred, target, mask, **options)[0])
 
 
-def test_unknown_space_names_the_choices():
-    with pytest.raises(ValueError, match="depth, disparity, sqrt_disparity"):
-        metrics.align_to_metric(
-            *map(jnp.asarray, sample()), space="log", min_depth=0.0, max_depth=1.0
-        )
+def test_unknown_spaces_and_mixed_shapes_are_named():
+    options = {"min_depth": 0.0, "max_depth": 1.0}
+    with pytest.raises(ValueError, match=r"'log'.*sqrt_disparity"):
+        align(*sample(), space="log", **options)
+    with pytest.raises(ValueError, match="'log'"):
+        align(*sample(), space="depth", alignment="log", **options)
+    pred, target, mask = sample()
+    with pytest.raises(ValueError, match=r"\[3, 14, 18, 1\].*\[3, 14, 19, 1\]"):
+        compute(pred[:, :, 1:], target, mask, **options)
+    with pytest.raises(ValueError, match="one shape"):
+        boundary_f1(pred[..., 0], target[..., 0], mask[..., 0])
 
 
-def reference_boundary_f1(pred, target, mask):
-    """One image, pair by pair."""
-    height, width = target.shape
-    p, d = 1 / pred.astype(np.float64), 1 / target.astype(np.float64)
-    thresholds = np.linspace(1.05, 1.25, 10)
-    score = 0.0
-    for t in thresholds:
-        recalls, precisions = [], []
-        for dy, dx in ((0, 1), (0, -1), (1, 0), (-1, 0)):
-            hits = predicted = true = 0
-            for y, x in np.ndindex(height, width):
-                other = y + dy, x + dx
-                if not (0 <= other[0] < height and 0 <= other[1] < width):
-                    continue
-                if not (mask[y, x] and mask[other]):
-                    continue
-                in_pred, in_target = p[other] / p[y, x] > t, d[other] / d[y, x] > t
-                predicted += in_pred
-                true += in_target
-                hits += in_pred and in_target
-            recalls.append(hits / max(true, 1))
-            precisions.append(hits / max(predicted, 1))
-        r, c = np.mean(recalls), np.mean(precisions)
-        score += (2 * r * c / (r + c) if r + c else 0.0) * t / thresholds.sum()
-    return score
+def test_blocks_of_rows_change_nothing(monkeypatch):
+    pred, target, mask = sample(shape=(2, 23, 30, 1))
+
+    def everything():
+        options = {"space": "disparity", "min_depth": 0.1, "max_depth": 20.0}
+        metres, scale = align(pred, target, mask, **options)
+        values = compute(metres, target, mask, min_depth=0.1, max_depth=20.0)
+        return {**values, "scale": scale, "f1": boundary_f1(metres, target, mask)}
+
+    whole = everything()
+    for rows in (1, 7, 22):
+        monkeypatch.setattr(metrics, "_BLOCK", 30 * rows)
+        for name, value in everything().items():
+            np.testing.assert_allclose(value, whole[name], rtol=1e-12, err_msg=name)
 
 
-def test_boundary_f1_equals_a_loop_over_pairs():
-    rng = np.random.default_rng(0)
+@pytest.mark.parametrize("seed", range(4))
+def test_boundary_f1_equals_its_formula(seed):
+    rng = np.random.default_rng(seed)
     shape = (3, 10, 13, 1)
     target = (2 * 1.1 ** rng.integers(0, 4, shape)).astype(np.float32)
     pred = (target * rng.lognormal(0, 0.06, shape)).astype(np.float32)
     mask = rng.uniform(size=shape) < 0.85
     ours = boundary_f1(pred, target, mask)
     for i in range(3):
-        expected = reference_boundary_f1(*(x[i, ..., 0] for x in (pred, target, mask)))
+        expected = metrics_oracle.boundary_f1(*(x[i, ..., 0] for x in (pred, target, mask)))
         assert 0.2 < expected < 0.9
-        assert float(ours[i]) == pytest.approx(expected, rel=1e-5)
+        assert ours[i] == pytest.approx(expected, rel=1e-9)
 
 
 def test_boundary_f1_drops_pairs_that_touch_unknown_ground_truth():
