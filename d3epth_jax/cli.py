@@ -14,6 +14,8 @@ import pathlib
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 
+from d3epth_jax import atomic, data_cli
+
 log = logging.getLogger(__name__)
 
 SUFFIXES = (
@@ -29,7 +31,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs a subcommand; returns the exit code (argparse exits by itself with 2)."""
     parser = argparse.ArgumentParser(prog="d3epth", description="Depth from single pictures.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for add in (add_predict, add_convert):
+    for add in (add_predict, add_convert, data_cli.add_data):
         add(commands)
     args = parser.parse_args(argv)
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
@@ -68,7 +70,7 @@ def add_predict(commands) -> None:
         help="in either, near and far look the same whatever the model predicts")  # fmt: skip
     add("--uncertainty", action="store_true",
         help="also NAME_uncertainty.npy: how far the ensemble's members differ")  # fmt: skip
-    add("--seed", type=int, metavar="N", help="of the initial latents")
+    add("--seed", type=int, metavar="N", help="of the initial latents, the same for each picture")
     _add_where(parser)
 
 
@@ -95,7 +97,7 @@ def _where(args: argparse.Namespace) -> dict:
 def add_convert(commands) -> None:
     parser = commands.add_parser(
         "convert",
-        help="a model to diffusers' layout, in another number type if wished",
+        help="a model to another layout or number type",
         description="Reads a model directory, a hub model, or the newest checkpoint of a training "
         "run (its workdir; averaged weights), and writes a directory that diffusers reads too. "
         "Nothing is written unless all of it could be read.",
@@ -106,6 +108,8 @@ def add_convert(commands) -> None:
     add("out", type=pathlib.Path, help="the directory to write; an old one is replaced")
     add("--dtype", choices=("float32", "bfloat16", "float16"), help="default: as they are")
     add("--save-variant", metavar="NAME", help="put into the names of the weights' files (fp16)")
+    add("--layout", choices=("diffusers", "orbax"), default="diffusers",
+        help="orbax: weights as one Orbax tree, for JAX alone")  # fmt: skip
     _add_where(parser)
 
 
@@ -118,12 +122,18 @@ def convert(args: argparse.Namespace) -> int:
 
     run = pathlib.Path(args.source)
     try:
+        hub.require_replaceable(args.out)
+        if args.out.exists() and run.is_dir() and args.out.samefile(run):
+            raise FileExistsError(f"{args.out} is the source: choose another directory")
         if (run / "checkpoints").is_dir():
             model, params, text = train.read_run(run)
         else:
             model, params, text, _ = hub.load_model(args.source, param_dtype=None, **_where(args))
         dtype = args.dtype and np.dtype(args.dtype)  # ml_dtypes, which hub imports, knows bfloat16
-        hub.save_model(args.out, model, params, text, dtype=dtype, variant=args.save_variant)
+        hub.save_model(
+            args.out, model, params, text,
+            dtype=dtype, variant=args.save_variant, layout=args.layout,
+        )  # fmt: skip
     except (OSError, ValueError) as error:
         print(f"d3epth: {args.source} cannot be converted:\n{error}", file=sys.stderr)
         return UNUSABLE
@@ -137,10 +147,10 @@ def predict(args: argparse.Namespace) -> int:
 
     if args.uncertainty and args.ensemble_size < 2:
         args.fail("--uncertainty compares an ensemble's members: set --ensemble-size to 2 or more")
-    try:
-        args.out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        args.fail(f"--out {args.out} cannot be made: {_reason(error)}")
+    # Made with the first result; what cannot be made is told before a model is fetched and loaded.
+    there = next(path for path in (args.out, *args.out.parents) if os.path.lexists(path))
+    if not (os.path.isdir(there) and os.access(there, os.W_OK)):
+        args.fail(f"--out {args.out} cannot be made: {there} is no folder that can be written to")
 
     failed: dict[pathlib.Path, str] = {}
     pictures = name_outputs(find_pictures(args.inputs, args.out, failed), args.out)
@@ -275,7 +285,10 @@ def _batches(
 
 
 def _load_predictor(args: argparse.Namespace):
-    """A function: (uint8 pictures, batch size) -> DepthOutput. Raises OSError or ValueError."""
+    """A function: (uint8 pictures, batch size) -> DepthOutput.
+
+    Raises OSError or ValueError for what would fail with any picture.
+    """
     import jax
 
     from d3epth_jax.pipeline import DepthPipeline
@@ -289,6 +302,7 @@ def _load_predictor(args: argparse.Namespace):
     }
     if args.seed is not None:
         settings["key"] = jax.random.key(args.seed)
+    pipe.check(batch_size=args.batch_size, **settings)
     return lambda arrays, batch_size: pipe(arrays, batch_size=batch_size, **settings)
 
 
@@ -332,17 +346,10 @@ def _write(picture: Picture, out, number: int, color_map: str) -> None:
 
 
 def _save_npy(path: pathlib.Path, array) -> None:
-    """Atomic, as `image.save_png`."""
     import numpy as np
 
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        with partial.open("wb") as file:
-            np.save(file, np.asarray(array, np.float32), allow_pickle=False)
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+    with atomic.replacing(path) as partial, partial.open("wb") as file:
+        np.save(file, np.asarray(array, np.float32), allow_pickle=False)
 
 
 @contextlib.contextmanager
@@ -368,7 +375,8 @@ def _tell(failed: dict[pathlib.Path, str], first: int = 0) -> None:
 
 
 def _summary(out: pathlib.Path, total: int, failed: dict[pathlib.Path, str]) -> int:
-    print(f"{total - len(failed)} of {total} pictures predicted; results are in {out}")
+    done = total - len(failed)
+    print(f"{done} of {total} pictures predicted{f'; results are in {out}' if done else ''}")
     if not failed:
         return OK
     lines = [f"{path}: {reason}" for path, reason in failed.items()]

@@ -5,11 +5,11 @@ Arrays are [..., H, W, C]; leading axes are a batch.
 
 import contextlib
 import math
-import os
-from pathlib import Path
 
 import numpy as np
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
+
+from d3epth_jax import atomic
 
 # Anchor colours, spread evenly over [0, 1] and interpolated linearly in sRGB. Source: ColorBrewer
 # (Brewer and Harrower), schemes Spectral (11 classes) and OrRd (9 classes).
@@ -39,10 +39,13 @@ def load(path) -> np.ndarray:
 
 def upright_size(path) -> tuple[int, int]:
     """(H, W) that `load` would give, from the file's header alone. Raises as `load` does."""
+    tag = ExifTags.Base.Orientation
     with _named(path), Image.open(path) as picture:
         width, height = picture.size
-        turned = picture.getexif().get(ExifTags.Base.Orientation, 1) in (5, 6, 7, 8)
-        return (width, height) if turned else (height, width)
+        turned = picture.getexif().get(tag, 1) in (5, 6, 7, 8)
+        # Pillow swaps the sides by a TIFF's own tag, and tells the orientation none the less.
+        swapped = tag in getattr(picture, "tag_v2", ())
+        return (width, height) if turned and not swapped else (height, width)
 
 
 def from_pil(picture: Image.Image) -> np.ndarray:
@@ -223,7 +226,7 @@ def export_depth_to_16bit_png(
 def save_png(path, array: np.ndarray) -> None:
     """Write uint8 [H, W, 3], uint8 [H, W] or uint16 [H, W] as PNG; folders are made as needed.
 
-    Atomic: a reader sees the old file or the new one, never half of it.
+    Atomic (`atomic.replacing`): never half a file.
     """
     array = np.asarray(array)
     color = array.dtype == np.uint8 and array.ndim == 3 and array.shape[-1] == 3
@@ -232,11 +235,5 @@ def save_png(path, array: np.ndarray) -> None:
             f"{path}: a PNG takes uint8 [H, W, 3], uint8 [H, W] or uint16 [H, W]; "
             f"got {array.dtype} {list(array.shape)}"
         )
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
+    with atomic.replacing(path) as partial:
         Image.fromarray(array).save(partial, format="PNG")  # Pillow 13: a mode with uint16 fails
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)

@@ -58,17 +58,40 @@ class DepthPipeline:
 
     @classmethod
     def from_pretrained(
-        cls, path_or_hub_id: str | os.PathLike, *, dtype: str = "float32", **where
+        cls,
+        path_or_hub_id: str | os.PathLike,
+        *,
+        dtype: str = "float32",
+        revision: str | None = None,
+        variant: str | None = None,
+        subfolder: str | None = None,
+        cache_dir: str | os.PathLike | None = None,
+        token: str | None = None,
+        local_files_only: bool = False,
     ) -> "DepthPipeline":
         """Reads a directory in diffusers' layout, or a model of the Hugging Face hub.
 
         Args:
           path_or_hub_id: such as "runs/stage2/model" or "prs-eth/marigold-depth-v1-1".
           dtype: "float32" or "bfloat16", of parameters and computation.
-          where: revision, variant ("fp16"), subfolder, cache_dir, token, local_files_only, as in
-            diffusers (`weights.hub.load_model`, which also lists the errors).
+          revision: branch, tag or commit of a hub model.
+          variant: "fp16" reads `*.fp16.safetensors`.
+          subfolder: of the directory or the hub's repository.
+          cache_dir, token, local_files_only: of downloads, as in diffusers.
+
+        Raises FileNotFoundError or ValueError as `weights.hub.load_model` lists them.
         """
-        loaded = hub.load_model(path_or_hub_id, dtype=dtype, param_dtype=dtype, **where)
+        loaded = hub.load_model(
+            path_or_hub_id,
+            dtype=dtype,
+            param_dtype=dtype,
+            revision=revision,
+            variant=variant,
+            subfolder=subfolder,
+            cache_dir=cache_dir,
+            token=token,
+            local_files_only=local_files_only,
+        )
         return cls(loaded.model, loaded.params, loaded.text)
 
     def save_pretrained(self, directory: str | os.PathLike) -> None:
@@ -106,46 +129,51 @@ class DepthPipeline:
           num_inference_steps: DDIM steps; None the model's default.
           ensemble_size: predictions per picture, from different latents, merged (METHOD 1).
           batch_size: pictures (or members) per call of the networks.
-          key: of the initial latents; default `jax.random.key(0)`.
+          key: of the initial latents, E per picture and the same for each, so that a picture's
+            depth does not depend on its place in a list; default `jax.random.key(0)`.
           latents: the initial latents [N*E,h,w,C], image-major. Default: zeros for a model of one
             step, else drawn from `key`.
           output_uncertainty, output_latent: fill those fields of the output.
 
         Raises:
-          ValueError: pictures of different sizes or unusable ones (all are named), an ensemble
-            whose members would be equal, latents of another shape.
+          ValueError: what `check` refuses, pictures of different sizes or unusable ones (all are
+            named), latents of another shape.
         """
-        steps = num_inference_steps or self.model.denoising_steps
-        if steps is None:
-            raise ValueError("the model names no default: give num_inference_steps")
-        _check_counts(steps, batch_size, ensemble_size, output_uncertainty)
-        pictures = _as_list(images)
-        if processing_resolution is None:
-            processing_resolution = self.model.processing_resolution
-        size = pictures[0].shape[:2]
-        inner = image_lib.processing_size(*size, processing_resolution)
-        cells = tuple(-(-side // self.model.downsample) for side in inner)
-
-        initial = self._initial_latents(
-            (len(pictures) * ensemble_size, *cells, self.model.autoencoder.latent_channels),
-            latents, key, ensemble_size, steps,
-        )  # fmt: skip
-        encode, predict = (
-            _program(name, self.model, steps, self.mesh, (batch_size, *cells))
-            for name in ("encode", "predict")
+        self.check(
+            processing_resolution=processing_resolution,
+            num_inference_steps=num_inference_steps,
+            ensemble_size=ensemble_size,
+            batch_size=batch_size,
+            key=key,
+            latents=latents,
+            output_uncertainty=output_uncertainty,
         )
+        steps = _given(num_inference_steps, self.model.denoising_steps)
+        resolution = _given(processing_resolution, self.model.processing_resolution)
+        pictures = _as_list(images)
+        size = pictures[0].shape[:2]
+        inner = image_lib.processing_size(*size, resolution)
+        cells = tuple(-(-side // self.model.downsample) for side in inner)
+        shape = len(pictures), ensemble_size, *cells, self.model.autoencoder.latent_channels
+        initial = self._initial_latents(shape, latents, key)
+
+        program = functools.partial(_program, self.model, self.mesh, (batch_size, *cells))
+        encode, predict = program(inference.encode_image), program(inference.predict_depth, steps)
 
         def prepared(picture):
             picture = image_lib.resize(_to_signed(picture), inner, antialias=True)
             return image_lib.pad_to_multiple(picture, self.model.downsample)[0]
 
+        def put(part):
+            return self._put(part[np.arange(batch_size).clip(max=len(part) - 1)])
+
         rgb = _in_batches(
-            lambda part: encode(self.params, self._put(np.stack([prepared(p) for p in part]))),
+            lambda part: encode(self.params, put(np.stack([prepared(p) for p in part]))),
             batch_size,
             pictures,
         )
         prediction, latent = _in_batches(
-            lambda *part: predict(self.params, *map(self._put, part)),
+            lambda *part: predict(self.params, *map(put, part)),
             batch_size,
             np.repeat(rgb, ensemble_size, 0),
             initial,
@@ -169,26 +197,95 @@ class DepthPipeline:
             latent if output_latent else None,
         )
 
-    def _initial_latents(self, shape, latents, key, ensemble_size: int, steps: int) -> np.ndarray:
+    def check(
+        self,
+        *,
+        processing_resolution: int | None = None,
+        num_inference_steps: int | None = None,
+        ensemble_size: int = 1,
+        batch_size: int = 1,
+        key: jax.Array | None = None,
+        latents: np.ndarray | None = None,
+        output_uncertainty: bool = False,
+    ) -> None:
+        """Holds the arguments of a call against the model, before there is any picture.
+
+        What is unusual about them is logged, once per model. Raises ValueError with everything
+        that no picture could be predicted with: no default of the model's to fall back on, counts
+        out of range, an ensemble whose members would be equal, a schedule that has no z0.
+        """
+        schedule = self.model.schedule
+        steps = _given(num_inference_steps, self.model.denoising_steps)
+        resolution = _given(processing_resolution, self.model.processing_resolution)
+        zeros = latents is None and self._starts_at_zero
+        problems, last = [], schedule.num_train_timesteps - 1
+        if steps is None:
+            problems.append(
+                "the model names no default number of steps: give num_inference_steps (--steps)"
+            )
+        elif not 1 <= steps <= last + 1:
+            problems.append(f"num_inference_steps must be in 1..{last + 1}, not {steps}")
+        else:
+            # The timestep of several steps is an array's, which may have any value.
+            start = schedule.timesteps(1)[0] if steps == 1 else last
+            try:
+                schedule.z0(0.0, 0.0, start)
+            except ValueError as error:
+                problems.append(str(error))
+        if resolution is None:
+            problems.append(
+                "the model names no default resolution: give processing_resolution (0: the"
+                " picture's own)"
+            )
+        elif resolution < 0:
+            problems.append(f"processing_resolution must be at least 0, not {resolution}")
+        for name, count in {"batch_size": batch_size, "ensemble_size": ensemble_size}.items():
+            if count < 1:
+                problems.append(f"{name} must be at least 1, not {count}")
+        if output_uncertainty and ensemble_size == 1:
+            problems.append("output_uncertainty compares members: set ensemble_size to 2 or more")
+        if zeros and ensemble_size > 1:
+            problems.append(
+                "the model starts from zero latents, so all members of an ensemble would be equal:"
+                " set ensemble_size to 1, or pass different `latents`"
+            )
+        if problems:
+            raise ValueError("\n".join(problems))
+
+        if zeros:
+            _tell(self.model, logging.INFO, "the model starts from zero latents")
+        if key is not None and (zeros or latents is not None):
+            _tell(self.model, logging.WARNING, "the seed (`key`) has no effect: nothing is drawn")
+        if zeros and steps > 1 and self.model.denoising_steps == 1:
+            notice = f"{steps} steps from zero latents: the model was made for one"
+            _tell(self.model, logging.WARNING, notice)
+        if start < last / 2:
+            notice = (
+                f"the one step is at timestep {start} of 0..{last}, where there is hardly any noise"
+                f" (timestep_spacing {schedule.timestep_spacing!r}): such models are made for"
+                " 'trailing'"
+            )
+            _tell(self.model, logging.WARNING, notice)
+
+    @property
+    def _starts_at_zero(self) -> bool:
+        return self.model.starts_at_zero or self.model.denoising_steps == 1
+
+    def _initial_latents(self, shape: tuple[int, ...], latents, key) -> np.ndarray:
+        """[N*E,h,w,C] for `shape` (N,E,h,w,C)."""
+        flat = shape[0] * shape[1], *shape[2:]
         if latents is not None:
             latents = np.asarray(latents, np.float32)
-            if latents.shape != shape:
+            if latents.shape != flat:
                 raise ValueError(
-                    f"latents have shape {list(latents.shape)}, expected {list(shape)}: [pictures *"
+                    f"latents have shape {list(latents.shape)}, expected {list(flat)}: [pictures *"
                     " ensemble_size, h, w, C] (channels last)"
                 )
             return latents
-        if self.model.denoising_steps != 1 and not self.model.starts_at_zero:
-            key = jax.random.key(0) if key is None else key
-            return np.asarray(jax.random.normal(key, shape))
-        if ensemble_size > 1:
-            raise ValueError(
-                "a model of one step starts from zero latents, so all members of an ensemble would"
-                " be equal: set ensemble_size to 1, or pass different `latents`"
-            )
-        if steps > 1:
-            log.warning("%d steps from zero latents: the model was made for one", steps)
-        return np.zeros(shape, np.float32)
+        if self._starts_at_zero:
+            return np.zeros(flat, np.float32)
+        members = jax.random.normal(jax.random.key(0) if key is None else key, shape[1:])
+        return np.broadcast_to(members, shape).reshape(flat)
 
     def _put(self, array: np.ndarray) -> jax.Array:
         if len(array) % self.mesh.size == 0:
@@ -197,40 +294,34 @@ class DepthPipeline:
 
 
 @functools.lru_cache(maxsize=16)
-def _program(name: str, model: DepthModel, steps: int, mesh, shape: tuple[int, int, int]):
+def _program(model: DepthModel, mesh, shape: tuple[int, int, int], function, *static):
     """A compiled function of its own per model and shape, so that the oldest ones can be dropped.
 
     `shape` [B,h,w] and `mesh` are there as the cache's key: jit itself would keep all for ever.
     """
     del mesh, shape
-    if name == "encode":
-        return jax.jit(lambda params, image: inference.encode_image(model, params, image))
-    return jax.jit(
-        lambda params, rgb, depth: inference.predict_depth(model, params, rgb, depth, steps)
-    )
+    return jax.jit(lambda params, *arrays: function(model, params, *arrays, *static))
 
 
 def _in_batches(function, batch_size: int, *arrays):
-    """Calls with slices of `batch_size`, the last one filled up: one compilation per shape."""
+    """What the function gives for slices of at most `batch_size`, less what it filled them with."""
     results = []
     for begin in range(0, len(arrays[0]), batch_size):
         parts = [array[begin : begin + batch_size] for array in arrays]
         count = len(parts[0])
-        full = [np.stack([*part, *[part[-1]] * (batch_size - count)]) for part in parts]
-        results.append(jax.tree.map(lambda x: np.asarray(x)[:count], function(*full)))  # noqa: B023
+        results.append(jax.tree.map(lambda x: np.asarray(x)[:count], function(*parts)))  # noqa: B023
     return jax.tree.map(lambda *parts: np.concatenate(parts), *results)
 
 
-def _check_counts(steps: int, batch_size: int, ensemble_size: int, uncertainty: bool) -> None:
-    counts = {
-        "num_inference_steps": steps,
-        "batch_size": batch_size,
-        "ensemble_size": ensemble_size,
-    }
-    if bad := [f"{name} = {value}" for name, value in counts.items() if value < 1]:
-        raise ValueError(f"must be at least 1: {', '.join(bad)}")
-    if uncertainty and ensemble_size == 1:
-        raise ValueError("output_uncertainty compares members: set ensemble_size to 2 or more")
+@functools.lru_cache(maxsize=64)
+def _tell(model: DepthModel, level: int, message: str) -> None:
+    """Logs what holds for every call only once: the cache remembers."""
+    del model
+    log.log(level, message)
+
+
+def _given(value: int | None, default: int | None) -> int | None:
+    return default if value is None else value
 
 
 def _as_list(images) -> list[np.ndarray]:

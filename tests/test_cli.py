@@ -26,7 +26,7 @@ DEFAULTS = {
 
 
 class FakePipeline:
-    """Depth is the green channel. Keeps the arguments of its loading and of each call."""
+    """Depth is the green channel. Keeps the arguments of its loading, check and calls."""
 
     prediction_type = "depth"
     breaks = staticmethod(lambda pictures, batch_size: None)  # raises what a test wants
@@ -42,6 +42,12 @@ class FakePipeline:
         cls.loaded = dict(locals())
         cls.last = cls()
         return cls.last
+
+    def check(
+        self, *, processing_resolution=None, num_inference_steps=None, ensemble_size=1,
+        batch_size=1, key=None, latents=None, output_uncertainty=False,
+    ):  # fmt: skip
+        self.checked = {k: v for k, v in locals().items() if k not in ("self", "latents")}
 
     def __call__(
         self, images, *, processing_resolution=None, match_input_resolution=True,
@@ -136,6 +142,7 @@ def test_passes_every_setting_on(fake, tmp_path):
         "subfolder": "sub", "cache_dir": "cache", "token": None, "local_files_only": True,
     }  # fmt: skip
     (settings,) = fake.last.settings
+    assert fake.last.checked == settings | {"batch_size": 2}
     key = settings.pop("key")
     assert list(settings.values()) == [64, 4, 3, True]
     assert (jax.random.key_data(key) == jax.random.key_data(jax.random.key(7))).all()
@@ -146,13 +153,12 @@ def test_passes_every_setting_on(fake, tmp_path):
 
 
 def test_the_fake_has_the_pipelines_arguments():
-    for name in ("from_pretrained", "__call__"):
-        ours = set(inspect.signature(getattr(FakePipeline, name)).parameters)
-        real = inspect.signature(getattr(DepthPipeline, name)).parameters
-        if "where" in real:
-            assert set(real) - {"where"} <= ours
-        else:
-            assert ours == set(real)
+    for name in ("from_pretrained", "check", "__call__"):
+        fake, real = (
+            [(p.name, p.kind, p.default) for p in inspect.signature(f).parameters.values()]
+            for f in (getattr(FakePipeline, name), getattr(DepthPipeline, name))
+        )
+        assert fake == real
 
 
 def test_folders_are_searched_and_kept_apart(fake, tmp_path):
@@ -278,8 +284,10 @@ def test_bad_pictures_are_named_and_the_rest_is_done(fake, tmp_path, capsys):
 
 def test_nothing_to_predict_loads_no_model(fake, tmp_path, capsys):
     assert predict(tmp_path / "absent.png", out=tmp_path / "out") == 1
-    assert "absent.png: no such file" in capsys.readouterr().err
-    assert not hasattr(fake, "loaded")
+    captured = capsys.readouterr()
+    assert "absent.png: no such file" in captured.err
+    assert captured.out == "0 of 1 pictures predicted\n"
+    assert not hasattr(fake, "loaded") and not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("error", [RuntimeError("OUT: Out of\n memory"), MemoryError()])
@@ -324,6 +332,7 @@ def test_a_model_that_cannot_be_loaded_is_one_message(fake, tmp_path, capsys, er
     assert predict(write(tmp_path / "a.png"), out=tmp_path / "out", model="own/x") == 2
     message = capsys.readouterr().err
     assert message == f"d3epth: the model own/x cannot be used:\n{error}\n"
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_real_missing_model(tmp_path, capsys):
@@ -331,6 +340,7 @@ def test_a_real_missing_model(tmp_path, capsys):
     assert code == 2
     message = capsys.readouterr().err
     assert str(tmp_path / "none") in message and "Traceback" not in message
+    assert not (tmp_path / "out").exists()
 
 
 def test_interrupted_keeps_what_is_done(fake, tmp_path, capsys):
@@ -363,12 +373,14 @@ def test_wrong_arguments(fake, tmp_path, capsys, arguments, message):
     assert message in capsys.readouterr().err
 
 
-def test_out_that_is_a_file(fake, tmp_path, capsys):
+@pytest.mark.parametrize("below", ["", "sub/folder"])
+def test_out_that_is_a_file(fake, tmp_path, capsys, below):
     picture = write(tmp_path / "a.png")
     with pytest.raises(SystemExit) as stopped:
-        predict(picture, out=picture)
+        predict(picture, out=picture / below)
     assert stopped.value.code == 2
-    assert "cannot be made: File exists" in capsys.readouterr().err
+    assert f"cannot be made: {picture} is no folder" in capsys.readouterr().err
+    assert not hasattr(fake, "loaded")  # told before a model is fetched
 
 
 def test_help_imports_nothing_heavy():

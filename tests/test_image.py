@@ -125,15 +125,28 @@ def test_load_turns_inverted_cmyk_of_jpeg_back(tmp_path):
     assert np.abs(result - [250, 120, 20]).max() < 12
 
 
-def test_upright_size_is_that_of_load(tmp_path):
-    pixels = np.zeros((4, 6, 3), np.uint8)
+@pytest.mark.parametrize("suffix", ["jpg", "png", "webp", "tif", "avif", "mpo"])
+def test_upright_size_is_that_of_load(tmp_path, suffix):
+    path = tmp_path / f"a.{suffix}"
     for orientation in range(1, 9):
         exif = Image.Exif()
         exif[0x0112] = orientation
-        Image.fromarray(pixels).save(tmp_path / "a.jpg", exif=exif)
-        size = image.upright_size(tmp_path / "a.jpg")
-        assert size == image.load(tmp_path / "a.jpg").shape[:2]
-        assert size == ((6, 4) if orientation > 4 else (4, 6))
+        Image.new("RGB", (6, 4)).save(path, exif=exif)
+        expected = (6, 4) if orientation > 4 else (4, 6)
+        assert image.upright_size(path) == image.load(path).shape[:2] == expected
+
+
+@pytest.mark.parametrize("suffix", ["jpg", "tif"])
+def test_upright_size_of_an_orientation_in_xmp_alone(tmp_path, suffix):
+    path, xmp = tmp_path / f"a.{suffix}", b'<x tiff:Orientation="6"/>'
+    if suffix == "jpg":
+        Image.new("RGB", (6, 4)).save(path, xmp=xmp)
+    else:
+        Image.new("RGB", (6, 4)).save(path, tiffinfo={700: xmp})
+    assert image.upright_size(path) == image.load(path).shape[:2] == (6, 4)
+
+
+def test_upright_size_names_a_bad_file(tmp_path):
     (tmp_path / "text.png").write_text("this is no picture")
     with pytest.raises(image.ImageError, match=r"text\.png: not a picture"):
         image.upright_size(tmp_path / "text.png")

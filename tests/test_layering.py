@@ -14,12 +14,12 @@ NAME = PACKAGE.name
 # Bottom first. A name is a module, or a folder with all that is in it. A module may import its own
 # layer and those below; within a layer no circle.
 LAYERS = [
-    "typing schedule alignment targets losses weighting metrics image ensemble",
+    "typing atomic schedule alignment targets losses weighting metrics protocols image ensemble",
     "models",
     "weights data optim sharding train_state checkpoint metric_writer",
     "inference stages steps",
-    "from_config train evaluate evaluation pipeline gallery progress baselines",
-    "main cli __main__",
+    "from_config training_data train cache evaluate evaluation pipeline gallery progress baselines",
+    "main cli data_cli __main__",
 ]
 
 # Library -> the only modules that may import it; () means none.
@@ -28,6 +28,8 @@ ROOMS = {
     "ml_collections": ("main", "train", "evaluate"),
     "grain": ("data", "checkpoint"),
     "orbax": ("checkpoint",),
+    "tensorflow_datasets": ("data",),
+    "array_record": ("data",),
     "torch": (),
     "diffusers": (),
     "transformers": (),

@@ -1,7 +1,11 @@
 """Model directories and the pipeline around them."""
 
+import dataclasses
+import inspect
 import json
+import logging
 
+import jax
 import numpy as np
 import pytest
 from diffusers import AutoencoderTiny, UNet2DConditionModel
@@ -9,6 +13,7 @@ from flax.traverse_util import flatten_dict
 from PIL import Image
 
 import d3epth_jax
+from d3epth_jax import image as image_lib
 from d3epth_jax import inference
 from d3epth_jax.models.depth_model import abstract_params, init_params
 from d3epth_jax.weights import hub
@@ -25,7 +30,7 @@ def saved(tmp_path_factory):
 
 def test_saved_model_loads_bit_identical(saved):
     model, params, *_ = hub.load_model(saved)
-    assert model == small_model(processing_resolution=48)
+    assert model == small_model(processing_resolution=48, base="model")  # its folder's name
     expected = flatten_dict(init_params(model, 0))
     for path, value in flatten_dict(params).items():
         np.testing.assert_array_equal(value, expected[path], err_msg=str(path))
@@ -70,6 +75,145 @@ def test_prediction_has_the_pictures_size_and_ignores_batching(saved):
     assert native.shape == (1, 37, 53, 1)
     inner = pipe(images[0], match_input_resolution=False).prediction
     assert inner.shape == (1, 33, 48, 1)
+
+
+def test_pictures_of_several_number_types_in_one_batch(saved):
+    pipe = d3epth_jax.DepthPipeline.from_pretrained(saved)
+    a, b, c = scenes(3)["image"]
+    mixed = [a, b / 255, c.astype(np.uint16) * 257, a / 255]
+    out = pipe(mixed, batch_size=4).prediction
+    np.testing.assert_allclose(out, pipe([a, b, c, a], batch_size=4).prediction, atol=1e-5)
+
+
+def test_a_picture_is_resized_once_however_short_the_last_batch(saved, monkeypatch):
+    pipe = d3epth_jax.DepthPipeline.from_pretrained(saved)
+    resize, sizes = image_lib.resize, []
+
+    def counted(array, size, *, antialias):
+        sizes.append(size)
+        return resize(array, size, antialias=antialias)
+
+    monkeypatch.setattr(image_lib, "resize", counted)
+    pipe(list(scenes(5)["image"]), batch_size=4, match_input_resolution=False)
+    assert sizes == [(32, 48)] * 5
+
+
+def test_drawn_latents_do_not_depend_on_the_place_in_a_list():
+    pipe = pipeline_of(denoising_steps=None)
+    a, b = scenes(2)["image"]
+    settings = {"num_inference_steps": 2, "ensemble_size": 2, "output_latent": True}
+    alone = pipe(a, **settings)
+    among = pipe([b, a, a], batch_size=4, **settings)
+    np.testing.assert_allclose(among.prediction[1:], [alone.prediction[0]] * 2, atol=1e-4)
+    assert np.abs(among.prediction[0] - alone.prediction[0]).max() > 0.01
+    first, second = alone.latent
+    assert np.abs(first - second).max() > 0.1  # the members of one picture differ
+    seeded = pipe(a, key=jax.random.key(1), **settings)
+    assert np.abs(seeded.latent - alone.latent).max() > 0.1
+    same = pipe(a, key=jax.random.key(0), **settings)
+    np.testing.assert_array_equal(same.latent, alone.latent)
+
+
+def pipeline_of(**settings):
+    model = small_model(**settings)
+    return d3epth_jax.DepthPipeline(model, init_params(model, 0))
+
+
+def schedule_of(**changes):
+    return dataclasses.replace(small_model().schedule, **changes)
+
+
+@pytest.mark.parametrize(
+    "settings, arguments, message",
+    [
+        ({"processing_resolution": None}, {}, r"give processing_resolution \(0: the picture's own"),
+        ({"denoising_steps": None}, {}, "no default number of steps: give num_inference_steps"),
+        ({}, {"num_inference_steps": 0}, r"num_inference_steps must be in 1\.\.1000, not 0"),
+        ({}, {"num_inference_steps": 1001}, "not 1001"),
+        ({}, {"processing_resolution": -1}, "processing_resolution must be at least 0, not -1"),
+        ({}, {"batch_size": 0}, "batch_size must be at least 1, not 0"),
+        ({}, {"ensemble_size": 0}, "ensemble_size must be at least 1, not 0"),
+        ({}, {"ensemble_size": 2}, "all members of an ensemble would be equal"),
+        ({"denoising_steps": 4, "starts_at_zero": True}, {"ensemble_size": 2}, "would be equal"),
+        ({"denoising_steps": 4}, {"output_uncertainty": True}, "set ensemble_size to 2 or more"),
+        ({"schedule": {"prediction_type": "epsilon"}}, {}, "epsilon model has no z0 at timestep"),
+        (
+            {"schedule": {"prediction_type": "epsilon", "timestep_spacing": "leading"}},
+            {"num_inference_steps": 4},
+            "epsilon model has no z0 at timestep 999",
+        ),
+        (
+            {"denoising_steps": None, "processing_resolution": None},
+            {"batch_size": 0, "ensemble_size": -1},
+            r"(?s)num_inference_steps.*processing_resolution.*batch_size.*ensemble_size",
+        ),
+    ],
+    ids=str,
+)
+def test_what_no_picture_can_be_predicted_with_is_refused_before_one(settings, arguments, message):
+    changes = settings.get("schedule")
+    model = small_model(**{k: v for k, v in settings.items() if k != "schedule"})
+    if changes:
+        model = dataclasses.replace(model, schedule=schedule_of(**changes))
+    pipe = d3epth_jax.DepthPipeline(model, {})  # not even a parameter
+    with pytest.raises(ValueError, match=message):
+        pipe.check(**arguments)
+    with pytest.raises(ValueError, match=message):
+        pipe("no such picture", **arguments)
+
+
+def test_a_model_without_defaults_predicts_when_it_is_told():
+    pipe = pipeline_of(denoising_steps=None, processing_resolution=None)
+    out = pipe(scenes(1)["image"][0], num_inference_steps=1, processing_resolution=0)
+    assert out.prediction.shape == (1, 32, 48, 1)
+
+
+def told(caplog, pipe, **arguments) -> list[tuple[str, str]]:
+    """(level, message) of what two checks log."""
+    caplog.clear()
+    with caplog.at_level(logging.INFO, logger="d3epth_jax"):
+        pipe.check(**arguments)
+        pipe.check(**arguments)
+    return [(record.levelname, record.message) for record in caplog.records]
+
+
+def test_what_is_unusual_is_told_once(caplog):
+    def pipe_of(name, schedule=None, **settings):
+        """A model that nobody has been told of."""
+        model = small_model(base=f"told once, {name}", **settings)
+        model = dataclasses.replace(model, schedule=schedule or model.schedule)
+        return d3epth_jax.DepthPipeline(model, {})
+
+    zeros = ("INFO", "the model starts from zero latents")
+    one = pipe_of("one step")
+    assert told(caplog, one) == [zeros]
+    assert told(caplog, one, key=jax.random.key(0)) == [
+        ("WARNING", "the seed (`key`) has no effect: nothing is drawn")
+    ]
+    assert told(caplog, one, num_inference_steps=4) == [
+        ("WARNING", "4 steps from zero latents: the model was made for one")
+    ]
+    four = pipe_of("four steps", denoising_steps=4)
+    assert told(caplog, four) == told(caplog, four, key=jax.random.key(0)) == []
+    latents = np.zeros((1, 4, 4, 4))
+    assert told(caplog, four, latents=latents) == []
+    ((level, message),) = told(caplog, four, latents=latents, key=jax.random.key(0))
+    assert level == "WARNING" and "has no effect" in message
+    assert told(caplog, pipe_of("zeros", denoising_steps=4, starts_at_zero=True)) == [zeros]
+    leading = pipe_of("leading", schedule_of(timestep_spacing="leading", steps_offset=1))
+    first, (level, message) = told(caplog, leading)
+    assert first == zeros and level == "WARNING"
+    assert "at timestep 1 of 0..999" in message and "'leading'" in message
+
+
+def test_public_signature_of_loading():
+    parameters = inspect.signature(d3epth_jax.DepthPipeline.from_pretrained).parameters
+    assert {name: p.default for name, p in list(parameters.items())[1:]} == {
+        "dtype": "float32", "revision": None, "variant": None, "subfolder": None,
+        "cache_dir": None, "token": None, "local_files_only": False,
+    }  # fmt: skip
+    with pytest.raises(TypeError, match="any_pipeline"):
+        d3epth_jax.DepthPipeline.from_pretrained("somewhere", any_pipeline=True)
 
 
 def test_path_and_array_give_the_same(saved, tmp_path):

@@ -1,0 +1,25 @@
+"""Files that are whole or not there at all."""
+
+import contextlib
+import os
+import secrets
+from collections.abc import Iterator
+from pathlib import Path
+
+
+@contextlib.contextmanager
+def replacing(path: str | os.PathLike) -> Iterator[Path]:
+    """A hidden name beside `path`; the file written there takes the place of `path` in the end.
+
+    A reader sees the old file or the new one, never half of it. If writing fails, the old one
+    stays and nothing is left behind. Folders are made as needed; the new file has mode 0644.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")
+    try:
+        yield partial
+        partial.chmod(0o644)
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
