@@ -17,7 +17,7 @@ from d3epth_jax import ensemble, inference, sharding
 from d3epth_jax import image as image_lib
 from d3epth_jax.models.depth_model import DepthModel
 from d3epth_jax.typing import Params
-from d3epth_jax.weights import hub
+from d3epth_jax.weights import fold, hub
 from d3epth_jax.weights.prompt import PromptEncoder
 
 log = logging.getLogger(__name__)
@@ -50,11 +50,22 @@ class DepthPipeline:
         text: PromptEncoder | None = None,
         *,
         mesh: jax.sharding.Mesh | None = None,
+        dtype: str | None = None,
+        fold: bool = False,
     ):
-        """`text`: saved beside the model; `mesh`: spread batches over these devices, else one."""
+        """A pipeline of parameters that are there.
+
+        Args:
+          text: saved beside the model.
+          mesh: spread batches over these devices, else one.
+          dtype: of the parameters; None: as they are.
+          fold: compute with constants folded (`weights.fold`): fewer operations, the same numbers
+            but for rounding. What is saved is not folded.
+        """
         self.model, self.text = model, text
         self.mesh = mesh or sharding.make_mesh(devices=jax.devices()[:1])
-        self.params = sharding.put_params(params, self.mesh)
+        self.params = sharding.put_params(params, self.mesh, dtype)
+        self.fold, self._variants = fold, {}
 
     @classmethod
     def from_pretrained(
@@ -62,6 +73,7 @@ class DepthPipeline:
         path_or_hub_id: str | os.PathLike,
         *,
         dtype: str = "float32",
+        fold: bool = True,
         revision: str | None = None,
         variant: str | None = None,
         subfolder: str | None = None,
@@ -74,6 +86,8 @@ class DepthPipeline:
         Args:
           path_or_hub_id: such as "runs/stage2/model" or "prs-eth/marigold-depth-v1-1".
           dtype: "float32" or "bfloat16", of parameters and computation.
+          fold: compute with constants folded (`weights.fold`): fewer operations, the same numbers
+            but for rounding.
           revision: branch, tag or commit of a hub model.
           variant: "fp16" reads `*.fp16.safetensors`.
           subfolder: of the directory or the hub's repository.
@@ -84,7 +98,7 @@ class DepthPipeline:
         loaded = hub.load_model(
             path_or_hub_id,
             dtype=dtype,
-            param_dtype=dtype,
+            param_dtype=None,  # cast one by one as they are placed
             revision=revision,
             variant=variant,
             subfolder=subfolder,
@@ -92,7 +106,8 @@ class DepthPipeline:
             token=token,
             local_files_only=local_files_only,
         )
-        return cls(loaded.model, loaded.params, loaded.text)
+        text = loaded.text and dataclasses.replace(loaded.text, dtype=dtype)
+        return cls(loaded.model, loaded.params, text, dtype=dtype, fold=fold)
 
     def save_pretrained(self, directory: str | os.PathLike) -> None:
         """Writes diffusers' layout: MarigoldDepthPipeline.from_pretrained reads it back."""
@@ -157,7 +172,9 @@ class DepthPipeline:
         shape = len(pictures), ensemble_size, *cells, self.model.autoencoder.latent_channels
         initial = self._initial_latents(shape, latents, key)
 
-        program = functools.partial(_program, self.model, self.mesh, (batch_size, *cells))
+        from_zero = steps == 1 and latents is None and self._starts_at_zero
+        model, params = self._folded(from_zero) if self.fold else (self.model, self.params)
+        program = functools.partial(_program, model, self.mesh, (batch_size, *cells))
         encode, predict = program(inference.encode_image), program(inference.predict_depth, steps)
 
         def prepared(picture):
@@ -168,12 +185,12 @@ class DepthPipeline:
             return self._put(part[np.arange(batch_size).clip(max=len(part) - 1)])
 
         rgb = _in_batches(
-            lambda part: encode(self.params, put(np.stack([prepared(p) for p in part]))),
+            lambda part: encode(params, put(np.stack([prepared(p) for p in part]))),
             batch_size,
             pictures,
         )
         prediction, latent = _in_batches(
-            lambda *part: predict(self.params, *map(put, part)),
+            lambda *part: predict(params, *map(put, part)),
             batch_size,
             np.repeat(rgb, ensemble_size, 0),
             initial,
@@ -266,6 +283,16 @@ class DepthPipeline:
                 " 'trailing'"
             )
             _tell(self.model, logging.WARNING, notice)
+
+    def _folded(self, from_zero: bool) -> tuple[DepthModel, Params]:
+        """For one step from zero latents, or for any; unchanged arrays are shared."""
+        if from_zero not in self._variants:
+            pieces = fold.foldable(self.model)
+            if not from_zero:
+                pieces = [piece for piece in pieces if piece not in fold.SINGLE_STEP]
+            model, params = fold.fold(self.model, self.params, pieces)
+            self._variants[from_zero] = model, sharding.put_params(params, self.mesh)
+        return self._variants[from_zero]
 
     @property
     def _starts_at_zero(self) -> bool:

@@ -8,12 +8,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from d3epth_jax import inference
+from d3epth_jax import DepthPipeline, inference
 from d3epth_jax.models import layers
 from d3epth_jax.models.config import AutoencoderKLConfig, TinyAutoencoderConfig, UNetConfig
 from d3epth_jax.models.depth_model import DepthModel, abstract_params
 from d3epth_jax.schedule import NoiseSchedule
 from d3epth_jax.weights import fold, keys
+from tests import pipeline_oracle
 from tests.unet_oracle import random_like, relative_error
 
 PER_PIECE, TOGETHER = 1e-5, 3e-5
@@ -151,3 +152,17 @@ def test_unknown_pieces_and_a_clipped_latent_are_refused():
     with pytest.raises(ValueError, match="clip_sample"):
         fold.fold(clipped, params, ("head",))
     assert "head" not in fold.foldable(clipped)
+
+
+@pytest.mark.parametrize("latents", ["zeros", "given"])
+def test_a_folded_pipeline_predicts_and_saves_as_the_other(latents, saved, tmp_path):
+    pipes = [DepthPipeline.from_pretrained(saved[0], fold=fold) for fold in (True, False)]
+    photo = pipeline_oracle.photos()["small"]
+    given = None if latents == "zeros" else pipeline_oracle.latents_for(photo)
+    folded, plain = (pipe(photo, latents=given, output_latent=True) for pipe in pipes)
+    np.testing.assert_allclose(folded.prediction, plain.prediction, atol=1e-5)
+    np.testing.assert_allclose(folded.latent, plain.latent, atol=1e-4 * plain.latent.std())
+    pipes[0].save_pretrained(tmp_path / "out")
+    pipeline_oracle.assert_same_tensors(
+        pipeline_oracle.tensors_below(tmp_path / "out"), pipeline_oracle.tensors_below(saved[0])
+    )
