@@ -13,6 +13,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from d3epth_jax.models.attention import attention
+
 TRANSFORMER_NORM_EPS = 1e-6  # GroupNorm before a transformer; ResNets have the config's norm_eps
 LAYER_NORM_EPS = 1e-5
 VAE_NORM_EPS = 1e-6  # everywhere in the KL autoencoder
@@ -105,18 +107,6 @@ def upsample_nearest(x: jax.Array, size: tuple[int, int]) -> jax.Array:
     """
     x = jnp.repeat(jnp.repeat(x, 2, axis=1), 2, axis=2)
     return x[:, : size[0], : size[1]]
-
-
-def attention(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | None = None) -> jax.Array:
-    """Softmax attention, float32 inside: q [B, N, heads, D], k and v [B, M, heads, D] -> as q.
-
-    mask: bool [N, M], False where a query must not look; every query sees something.
-    """
-    # [B, heads, N, M]
-    logits = jnp.einsum("bnhd,bmhd->bhnm", q, k, preferred_element_type=jnp.float32)
-    logits *= q.shape[-1] ** -0.5
-    weights = jax.nn.softmax(logits if mask is None else jnp.where(mask, logits, -jnp.inf), axis=-1)
-    return jnp.einsum("bhnm,bmhd->bnhd", weights.astype(v.dtype), v)
 
 
 class TimeEmbedding(nn.Module):
