@@ -1,6 +1,7 @@
 """The settings every config starts from. A group has the name of the module it feeds."""
 
 from ml_collections import ConfigDict
+from ml_collections.config_dict import placeholder
 
 PROCEDURAL_TRAIN, PROCEDURAL_TEST = 1, 2  # seeds of the rendered scenes: no scene is in both
 
@@ -29,19 +30,70 @@ def folder(path: str, split: str = "") -> ConfigDict:
     )
 
 
-def evaluation(
-    source: ConfigDict, *, min_depth: float = 1e-3, max_depth: float = 80.0
-) -> ConfigDict:
-    """How models are evaluated; depths in metres, by default the range of outdoor sets."""
+def hypersim(path: str, split: str) -> ConfigDict:
+    """Hypersim's release, or Marigold's PNGs of it (data/sources/hypersim.py)."""
+    return ConfigDict(
+        {
+            "name": "hypersim",
+            "path": path,
+            "split": split,  # "train" | "validation" | "test" | "" for all
+            "colour": "tone_mapped",  # | preview
+            "filename_list": "",  # a text file of names: only these frames
+            "on_error": "raise",  # "skip" drops and logs frames with missing files instead
+        }
+    )
+
+
+def vkitti2(path: str, split: str) -> ConfigDict:
+    """Virtual KITTI 2, Marigold's frames of it (data/sources/vkitti2.py)."""
+    return ConfigDict(
+        {
+            "name": "vkitti2",
+            "path": path,
+            "split": split,  # "train" | "validation" | "" for all
+            "scenes": (),  # of the split's, only these
+            "filename_list": "",
+            "on_error": "raise",
+        },
+        convert_dict=False,
+    )
+
+
+def tfds(path: str, split: str) -> ConfigDict:
+    """Any TFDS data set with picture and depth, or what `d3epth data build` wrote."""
+    return ConfigDict(
+        {
+            "name": "tfds",
+            "path": path,  # the folder of data sets, TFDS' data_dir
+            "dataset": "",  # its name there
+            "split": split,
+            "image": "image",  # the features' names
+            "depth": "depth",
+            "depth_scale": 1.0,  # counts per metre
+            "filename_list": "",
+        }
+    )
+
+
+def evaluation(source: ConfigDict, *, protocol: str = "default") -> ConfigDict:
+    """How models are evaluated (d3epth_jax/protocols.py); the default is 0.001 to 80 m, no crop."""
     return ConfigDict(
         {
             "source": source,
             "num_images": 0,  # the first so many; 0 all
-            "min_depth": min_depth,
-            "max_depth": max_depth,
+            "protocol": protocol,  # | nyu | kitti | eth3d | scannet | diode | ibims | hypersim
+            # What is set here replaces the protocol's own value; depths in metres.
+            "min_depth": placeholder(float),  # valid: min < d < max
+            "max_depth": placeholder(float),
+            "clip": placeholder(tuple),  # of aligned predictions; without, the valid range
+            "crop": placeholder(str),  # "" | nyu_eigen | kitti_eigen | kitti_garg
+            # Longest side; 0 the picture's own, -1 the model's default.
+            "processing_resolution": placeholder(int),
+            "fit_resolution": placeholder(int),  # align on a subsampling; 0 on all pixels
+            # "" as the model predicts | depth | disparity | sqrt_disparity | none
+            "alignment": placeholder(str),
             "batch_size": 16,
-            "processing_resolution": 0,  # longest side; 0 the picture's own, -1 the model's default
-            "num_pictures": 8,  # rows of the gallery
+            "num_pictures": 8,  # rows of each gallery
         }
     )
 
@@ -74,21 +126,10 @@ def training(stage: str) -> ConfigDict:
             "remat": False,
         }
     )
-    config.teacher = ConfigDict({"path": "", **version()})
+    config.teacher = teacher("")
     config.trainable = ("unet/",)  # regular expressions on parameter paths
 
-    config.data = ConfigDict(
-        {
-            "source": procedural(PROCEDURAL_TRAIN, 1_000_000),
-            "height": 96,
-            "width": 128,
-            "batch_size": 32,
-            # Of pictures on disk; rendered scenes are always fresh.
-            "flip": 0.5,  # probability of a horizontal flip
-            "crop": "random",  # | center
-            "num_workers": 0,  # processes that read
-        }
-    )
+    config.data = training_data(procedural(PROCEDURAL_TRAIN, 1_000_000), 96, 128)
     config.eval = evaluation(procedural(PROCEDURAL_TEST, 64, height=96, width=128))
     config.eval.every = 1000
 
@@ -140,6 +181,97 @@ def training(stage: str) -> ConfigDict:
         }
     )
     return config
+
+
+def teacher(path: str) -> ConfigDict:
+    """The model that is distilled."""
+    return ConfigDict(
+        {
+            "path": path,
+            **version(),
+            "steps": 0,  # of denoising; 0 the model's default
+            "cache": "",  # workdir of configs/cache.py: read the teacher's latents from there
+        }
+    )
+
+
+def training_data(source: ConfigDict, height: int, width: int, **settings) -> ConfigDict:
+    """One source, or that and what `also` adds."""
+    return ConfigDict(
+        {
+            **part(source, height, width, **settings),
+            # {name: other(...)}: more sources of files, each batch of one of them.
+            "also": ConfigDict(),
+            "batch_size": 32,
+            "num_workers": 0,  # processes that read
+        }
+    )
+
+
+def part(
+    source: ConfigDict,
+    height: int,
+    width: int,
+    *,
+    crop: str = "random",
+    flip: float = 0.5,
+    max_depth: float = 0.0,
+    filters: dict | None = None,
+) -> ConfigDict:
+    """A source and how its pictures are used; rendered scenes, always fresh, take their size only.
+
+    filters: METHOD 9's for Hypersim are {"min_range": 0.5, "min_contrast": 10, "max_invalid":
+    0.03}. In the latent stage a sample left out still shows its picture to the teacher.
+    """
+    none = {"min_range": 0.0, "min_contrast": 0, "max_invalid": 1.0}
+    return ConfigDict(
+        {
+            "source": source,
+            "height": height,
+            "width": width,
+            "crop": crop,  # | center | kitti, the bottom and middle of the picture as it is
+            "flip": flip,  # probability of a horizontal flip
+            "max_depth": max_depth,  # metres; farther is unknown; 0 no limit
+            # A sample with less depth range (metres) or contrast (of 255), or a larger share of
+            # invalid pixels, carries no loss against its depth.
+            "filter": none | (filters or {}),
+        }
+    )
+
+
+def other(share: float, *source, **settings) -> ConfigDict:
+    """An entry of `also`: a part with its share of the batches; `data` itself gets the rest."""
+    return ConfigDict({"share": share, **part(*source, **settings)})
+
+
+def marigold_data() -> ConfigDict:
+    """Training data of METHOD 9: Hypersim and Virtual KITTI 2, nine batches to one."""
+    data = training_data(
+        hypersim("DIR", "train"),
+        480,
+        640,
+        crop="center",  # nothing: 1024x768 has that shape
+        max_depth=65.0,
+        filters={"min_range": 0.5, "min_contrast": 10, "max_invalid": 0.03},
+    )
+    data.also.vkitti2 = other(0.1, vkitti2("DIR", "train"), 352, 1216, crop="kitti", max_depth=80.0)
+    return data
+
+
+def on_data(config: ConfigDict, word: str) -> ConfigDict:
+    """The config, a training, with the data of one of DATA_WORDS; "" leaves its own."""
+    every = config.eval.every
+    if word == "marigold":  # METHOD 9, with Hypersim's validation scenes to look at
+        config.data = marigold_data()
+        config.eval = evaluation(hypersim("DIR", "validation"), protocol="hypersim")
+        config.eval.update(every=every, num_images=256)
+    if word == "tfds":
+        config.data.source = tfds("DIR", "train")
+        config.eval.source = tfds("DIR", "validation")
+    return config
+
+
+DATA_WORDS = ("marigold", "tfds")
 
 
 def version() -> ConfigDict:

@@ -4,6 +4,9 @@
         --config.data.source.path=DIR --config.eval.source.path=DIR
     python -m d3epth_jax.main --config=configs/d2.py:tiny       # seconds, from scratch, no data
 
+`marigold` after the colon trains on Hypersim and Virtual KITTI 2, nine batches to one (METHOD 9),
+`tfds` on a data set of TFDS or of `d3epth data build`; so do configs/stage1.py and stage2.py.
+
 `init` is a hub id or a directory in diffusers' layout: a plain Stable Diffusion, whose conv_in is
 widened, Marigold or E2E-FT. 865.92M UNet parameters: a large accelerator, or FSDP.
 """
@@ -14,7 +17,8 @@ from configs import common, quickstart
 
 
 def get_config(argument: str | None = None) -> ConfigDict:
-    if common.word(argument, "tiny"):
+    word = common.word(argument, "tiny", *common.DATA_WORDS)
+    if word == "tiny":
         config = quickstart.teacher(tiny=True)
         config.workdir = "runs/d2_tiny"
         return config
@@ -22,12 +26,10 @@ def get_config(argument: str | None = None) -> ConfigDict:
     config.workdir = "runs/d2"
     config.init = "DIR"
     config.model.processing_resolution = 768  # of what starts from a plain Stable Diffusion
-    config.data.source = common.folder("DIR", split="train")
-    config.data.height, config.data.width = 480, 640
-    config.data.batch_size = 32
+    config.data = common.training_data(common.folder("DIR", split="train"), 480, 640)
     config.eval.source = common.folder("DIR", split="validation")
     config.model.dtype = "bfloat16"
     config.model.remat = True
     config.train.accumulate = 4
     config.schedule.learning_rate = 3e-5
-    return config
+    return common.on_data(config, word)

@@ -31,7 +31,8 @@ def on_pairs(config: ConfigDict) -> ConfigDict:
 
 
 def get_config(argument: str | None = None) -> ConfigDict:
-    if common.word(argument, "tiny"):
+    word = common.word(argument, "tiny", *common.DATA_WORDS)
+    if word == "tiny":
         config = on_pairs(quickstart.stage1())
         config.workdir = "runs/stage1_tiny"
         config.train.steps = config.eval.every = config.train.checkpoint_every = 200
@@ -42,10 +43,9 @@ def get_config(argument: str | None = None) -> ConfigDict:
     config.model.preset = "d3_light_small"
     # Everything begins as the teacher's: pruned as BK-SDM, and the frozen autoencoder.
     config.model.unet = config.model.encoder = config.model.decoder = "teacher"
-    config.data.source = common.folder("DIR", split="train")
-    config.data.height, config.data.width = 480, 640
+    config.data = common.training_data(common.folder("DIR", split="train"), 480, 640)
     config.eval.source = common.folder("DIR", split="validation")
     config.model.dtype = "bfloat16"
     config.model.remat = True
     config.train.accumulate = 4
-    return config
+    return common.on_data(config, word)

@@ -15,7 +15,8 @@ from configs import common, quickstart, stage1
 
 
 def get_config(argument: str | None = None) -> ConfigDict:
-    if common.word(argument, "tiny"):
+    word = common.word(argument, "tiny", *common.DATA_WORDS)
+    if word == "tiny":
         config = stage1.on_pairs(quickstart.stage2())
         config.workdir = "runs/stage2_tiny"
         config.init = "runs/stage1_tiny/model"
@@ -27,10 +28,9 @@ def get_config(argument: str | None = None) -> ConfigDict:
     config.workdir = "runs/stage2"
     config.init = "runs/stage1/model"
     config.trainable = ("unet/", "decoder/")
-    config.data.source = common.folder("DIR", split="train")
-    config.data.height, config.data.width = 480, 640
+    config.data = common.training_data(common.folder("DIR", split="train"), 480, 640)
     config.eval.source = common.folder("DIR", split="validation")
     config.model.dtype = "bfloat16"
     config.model.remat = True
     config.train.accumulate = 4
-    return config
+    return common.on_data(config, word)

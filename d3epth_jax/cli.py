@@ -117,7 +117,7 @@ def convert(args: argparse.Namespace) -> int:
     """`d3epth convert`: the exit code."""
     import numpy as np
 
-    from d3epth_jax import train
+    from d3epth_jax import from_config
     from d3epth_jax.weights import hub
 
     run = pathlib.Path(args.source)
@@ -126,7 +126,7 @@ def convert(args: argparse.Namespace) -> int:
         if args.out.exists() and run.is_dir() and args.out.samefile(run):
             raise FileExistsError(f"{args.out} is the source: choose another directory")
         if (run / "checkpoints").is_dir():
-            model, params, text = train.read_run(run)
+            model, params, text = from_config.read_run(run)
         else:
             model, params, text, _ = hub.load_model(args.source, param_dtype=None, **_where(args))
         dtype = args.dtype and np.dtype(args.dtype)  # ml_dtypes, which hub imports, knows bfloat16

@@ -1,27 +1,26 @@
-"""Everything that a config names, made: sources, batches, teacher, student, loss, weighting."""
+"""What a config names, made: teacher, student, loss, weighting (data: training_data.py)."""
 
 import dataclasses
-import functools
+import json
 import logging
 import pathlib
 from typing import NamedTuple
 
 import jax
 import numpy as np
+from ml_collections import ConfigDict
 
-from d3epth_jax import data, losses, optim, sharding, weighting
-from d3epth_jax.data import loader
-from d3epth_jax.data.sources.files import SourceError
+from d3epth_jax import losses, optim, runs, sharding, training_data, weighting
+from d3epth_jax.checkpoint import Checkpoints
 from d3epth_jax.models import presets
 from d3epth_jax.models.depth_model import DepthModel, count_params, init_params
 from d3epth_jax.stages import latent, pixel
-from d3epth_jax.train_state import split_trainable
+from d3epth_jax.train_state import init_train_state, merge, split_trainable
 from d3epth_jax.typing import Params
 from d3epth_jax.weights import hub, surgery
 from d3epth_jax.weights.prompt import PromptEncoder
 
 log = logging.getLogger(__name__)
-
 
 STAGES = ("pixel", "latent")
 
@@ -40,6 +39,7 @@ def check(config) -> None:
             problems.append(str(error))
 
     ask(_check_choices, config)
+    ask(training_data.check, config)
     ask(make_schedule, config)
     ask(make_weighting, config, 2)
     for first in (config.teacher.get("config"), config.get("init_config")):
@@ -66,86 +66,6 @@ def _check_choices(config) -> None:
         raise ValueError("\n".join(problems))
 
 
-def make_sources(config):
-    """The (training, validation) sources, every problem of both in one error; kept apart."""
-    training = dict(config.data.source)
-    if training["name"] == "procedural":
-        training |= {"height": config.data.height, "width": config.data.width}
-    sources, errors = [], []
-    for settings in (training, config.eval.source):
-        try:
-            sources.append(data.make_source(**settings))
-        except SourceError as error:
-            errors.append(error)
-    if errors:
-        roots = " and ".join(dict.fromkeys(str(error.root) for error in errors))
-        # Both splits of one folder meet some problems, such as a missing file.
-        problems = dict.fromkeys(problem for error in errors for problem in error.problems)
-        raise SourceError(roots, list(problems)) from errors[0]
-    paths = [s.get("path") for s in (training, config.eval.source)]
-    if None not in paths and len({pathlib.Path(path).resolve() for path in paths}) == 1:
-        require_apart(*sources)
-        require_one_reading(config.data.source, config.eval.source)
-    return sources
-
-
-def require_one_reading(training, validation) -> None:
-    """Raises ValueError if one folder is read in two ways, with another scale for instance."""
-    apart = {
-        key: (training[key], validation[key])
-        for key in training
-        if key not in ("path", "split", "filename_list") and training[key] != validation[key]
-    }
-    if apart:
-        told = "; ".join(f"{key} {one!r} and {other!r}" for key, (one, other) in apart.items())
-        raise ValueError(
-            f"data.source and eval.source read one folder in two ways: {told}. Set both alike, as"
-            " --config.data.source.KEY=... --config.eval.source.KEY=..."
-        )
-
-
-def make_batches(config, mesh, source):
-    """The iterator over this process's part of the training batches."""
-    process = {"process_index": jax.process_index(), "process_count": jax.process_count()}
-    if config.data.batch_size % mesh.size:
-        raise ValueError(
-            f"data.batch_size={config.data.batch_size} is not a multiple of the {mesh.size} devices"
-        )
-    if config.data.batch_size % (mesh.size * config.train.accumulate):
-        raise ValueError(
-            f"data.batch_size={config.data.batch_size} cannot be cut into train.accumulate="
-            f"{config.train.accumulate} micro-batches on {mesh.size} devices"
-        )
-    if config.data.source.name == "procedural":
-        return loader.ProceduralIterator(
-            source,
-            config.data.batch_size // jax.process_count(),
-            place=functools.partial(sharding.put_batch, mesh=mesh),
-            **process,
-        )
-    return loader.make_loader(
-        source,
-        loader.standard_transforms(
-            (config.data.height, config.data.width), flip=config.data.flip, crop=config.data.crop
-        ),
-        batch_size=config.data.batch_size // jax.process_count(),
-        seed=config.seed,
-        shuffle=True,
-        num_workers=config.data.num_workers,
-        **process,
-    )
-
-
-def require_apart(training, validation) -> None:
-    """Raises ValueError if samples of one folder are both trained and evaluated on."""
-    names = [{source.name(i) for i in range(len(source))} for source in (training, validation)]
-    if both := sorted(names[0] & names[1]):
-        raise ValueError(
-            f"{len(both)} pairs are both trained and evaluated on, {both[0]} the first: give"
-            " data.source and eval.source the splits train and validation, and one hold-out"
-        )
-
-
 class Start(NamedTuple):
     """A model at the start of training, or a teacher; all empty where there is none."""
 
@@ -170,19 +90,36 @@ def make_models(config) -> tuple[Start, Start, Params, Params]:
 
 
 def read_teacher(config) -> Start:
-    """The single-step teacher of `config.teacher`."""
+    """The teacher of `config.teacher`; of any number of steps where only its latent is learnt."""
     if not config.teacher.path:
         return Start()
     model, params, text, _ = hub.load_model(
         config.teacher.path, dtype=config.model.dtype, **_version(config.teacher)
     )
-    if model.denoising_steps != 1:
+    steps = teacher_steps(config, model)
+    if config.get("stage") == "pixel" and not (steps == 1 and latent.starts_at_zero(model)):
         raise ValueError(
-            f"the teacher {config.teacher.path} takes {model.denoising_steps} denoising steps:"
-            " stage 1 distils a teacher of one step, such as a D^2epth or E2E-FT"
+            f"the teacher {config.teacher.path} takes {steps} denoising step(s) from noise: the"
+            " pixel stage compares with a teacher of one step, such as a D^2epth or E2E-FT"
         )
-    log.info("teacher: %s, %s", config.teacher.path, describe(model, params))
+    log.info("teacher: %s, %d step(s), %s", config.teacher.path, steps, describe(model, params))
     return Start(model, params, text)
+
+
+def teacher_steps(config, model: DepthModel) -> int:
+    """How many denoising steps the teacher takes."""
+    steps = config.teacher.steps or model.denoising_steps
+    if steps is None:
+        raise ValueError(f"{config.teacher.path} names no default: set teacher.steps")
+    return steps
+
+
+def frozen_teacher(config, teacher: Start) -> Params:
+    """The teacher's parameters that the training step needs: with a cache, few or none."""
+    if not config.teacher.cache or teacher.model is None:
+        return teacher.params
+    needed = ("unet", "prompt") if config.loss.beta.feat else ()
+    return {part: teacher.params[part] for part in needed if part in teacher.params}
 
 
 def make_student(config, teacher: Start) -> Start:
@@ -202,6 +139,10 @@ def make_student(config, teacher: Start) -> Start:
 
 
 def _read_student(config) -> Start:
+    if (pathlib.Path(config.init) / "checkpoints").is_dir():
+        start = read_run(pathlib.Path(config.init))
+        settings = {"dtype": config.model.dtype, "remat": config.model.remat}
+        return start._replace(model=dataclasses.replace(start.model, **settings))
     model, params, text, predicts_depth = hub.load_model(
         config.init,
         dtype=config.model.dtype,
@@ -254,7 +195,7 @@ def _student_of_preset(config, teacher: Start) -> Start:
         )
         if random:
             log.warning("not in the teacher, so random: %s", ", ".join(random))
-        model = dataclasses.replace(model, base=teacher.model.base or config.teacher.path)
+        model = dataclasses.replace(model, base=teacher.model.base)
     text = teacher.text if "prompt" in params and params["prompt"].any() else None
     return Start(model, params, text)
 
@@ -272,7 +213,14 @@ def _with_part(autoencoder, its, part: str):
             f" {type(autoencoder).__name__}; take both encoder and decoder from the teacher, or"
             " neither"
         )
+    if autoencoder == its:
+        return autoencoder
     fields = [f.name for f in dataclasses.fields(autoencoder) if part in f.name]
+    if not fields:
+        raise ValueError(
+            f"model.{part}='teacher': the teacher's {type(its).__name__} is of another size than"
+            " the preset's, and both halves have one size; take both from the teacher, or neither"
+        )
     return dataclasses.replace(autoencoder, **{name: getattr(its, name) for name in fields})
 
 
@@ -303,7 +251,15 @@ def make_loss(config, model: DepthModel, params: Params, trainable: Params, teac
         )
     # The student encodes by itself if its encoder is, or will become, another than the teacher's.
     share = "encoder" not in trainable and _same(params["encoder"], teacher.params["encoder"])
-    return latent.make_loss(model, teacher.model, terms=terms, share_encoder=share), (), beta
+    loss_fn = latent.make_loss(
+        model,
+        teacher.model,
+        terms=terms,
+        share_encoder=share,
+        teacher_steps=teacher_steps(config, teacher.model),
+        cached=bool(config.teacher.cache),
+    )
+    return loss_fn, (), beta
 
 
 def _same(params: Params, others: Params) -> bool:
@@ -342,6 +298,40 @@ def make_weighting(config, num_tasks: int) -> weighting.Weighting:
             f"unknown weighting {config.weighting.name!r}: choose one of {sorted(choices)}"
         )
     return choices[config.weighting.name]()
+
+
+def read_run(workdir: pathlib.Path) -> Start:
+    """The model of the newest checkpoint in a run's workdir, with its averaged (EMA) weights.
+
+    Raises FileNotFoundError where there is none; ValueError if what the run itself started from,
+    which holds the parameters that it did not train, is another model now; and as `hub.load_model`.
+    """
+    path = workdir / "config.json"
+    if not path.is_file() or not (workdir / "checkpoints").is_dir():
+        raise FileNotFoundError(
+            f"{workdir} is no workdir of a run: no config.json, no checkpoints/"
+        )
+    config = ConfigDict(json.loads(path.read_text()))
+    runs.check_origins(workdir, config)
+    with Checkpoints(workdir / "checkpoints", keep=config.train.keep_checkpoints) as checkpoints:
+        if checkpoints.latest is None:
+            raise FileNotFoundError(f"{workdir}/checkpoints holds no complete checkpoint")
+        teacher, (model, params, text), trainable, rest = make_models(config)
+        _, tasks, _ = make_loss(config, model, params, trainable, teacher)
+        tx, _, task_weights = make_optimizer(config, len(tasks))
+        mesh = sharding.make_mesh(devices=jax.devices()[:1])
+        abstract_state = jax.eval_shape(lambda: init_train_state(trainable, tx, task_weights))
+        state, _ = checkpoints.restore(
+            jax.tree.map(
+                lambda x: jax.ShapeDtypeStruct(
+                    x.shape, x.dtype, sharding=sharding.replicated(mesh)
+                ),
+                abstract_state,
+            )
+        )
+    params = jax.tree.map(np.asarray, merge(state.ema, rest))
+    params.pop("adapters", None)
+    return Start(model, params, text)
 
 
 def describe(model: DepthModel, params: Params) -> str:

@@ -40,9 +40,9 @@ def main(argv: list[str]) -> None:
 
 def run_job(config: ConfigDict, workdir: pathlib.Path) -> None:
     # Imported here: `--help` and a typo in a config need no JAX.
-    from d3epth_jax import evaluate, train
+    from d3epth_jax import cache, evaluate, train
 
-    jobs = {"train": train.run, "eval": evaluate.run}
+    jobs = {"train": train.run, "eval": evaluate.run, "cache": cache.run}
     if config.job not in jobs:
         raise ValueError(f"unknown job {config.job!r}: choose one of {sorted(jobs)}")
     log.info("%s: %s", config.job, workdir)
@@ -51,12 +51,13 @@ def run_job(config: ConfigDict, workdir: pathlib.Path) -> None:
 
 def check_jobs(jobs: dict[str, ConfigDict]) -> None:
     """Raises ValueError with what is wrong with the settings of any job, before the first runs."""
-    from d3epth_jax import evaluate, from_config
+    from d3epth_jax import cache, evaluate, from_config
 
+    checks = {"train": from_config.check, "eval": evaluate.check, "cache": cache.check}
     problems = []
     for name, config in jobs.items():
         try:
-            {"train": from_config.check, "eval": evaluate.check}.get(config.job, id)(config)
+            checks.get(config.job, id)(config)
         except ValueError as error:
             problems.append(f"{name}: {error}" if name else str(error))
     if problems:

@@ -6,19 +6,15 @@ parameters split off, optimiser and weighting initialised, newest checkpoint res
 
 import contextlib
 import functools
-import json
 import logging
 import math
 import pathlib
 
 import jax
-import numpy as np
-from flax.traverse_util import flatten_dict
-from ml_collections import ConfigDict
 
-from d3epth_jax import from_config, sharding, steps
+from d3epth_jax import from_config, runs, sharding, steps, training_data
 from d3epth_jax.checkpoint import Checkpoints, abstract
-from d3epth_jax.evaluate import model_predictor
+from d3epth_jax.evaluate import model_predictor, protocol_of
 from d3epth_jax.evaluation import evaluate
 from d3epth_jax.metric_writer import MetricWriter, read_metrics
 from d3epth_jax.pipeline import DepthPipeline
@@ -45,24 +41,26 @@ def run(config, workdir: pathlib.Path) -> pathlib.Path:
     from_config.check(config)
     with Checkpoints(workdir / "checkpoints", keep=config.train.keep_checkpoints) as checkpoints:
         in_use = checkpoints.latest is not None
-        claim(workdir, config, in_use=in_use)
+        runs.claim(workdir, config, in_use=in_use)
         if checkpoints.latest == total and output.is_dir():
-            claim_origins(workdir, config, in_use=True)
+            runs.claim_origins(workdir, config, in_use=True)
             log.info("%s is already trained (%d steps)", output, total)
             tell_scores(config.stage, workdir)
             return output
 
         mesh = sharding.make_mesh(config.fsdp)
-        training, validation = from_config.make_sources(config)
-        batches = from_config.make_batches(config, mesh, training)
+        training, validation = training_data.make_sources(config)
+        batches = training_data.make_batches(config, mesh, training)
 
         train_what_is_absent(config)
-        claim_origins(workdir, config, in_use=in_use)
         teacher, student, trainable, rest = from_config.make_models(config)
+        # Now that models of the hub are in its cache, and so have a commit.
+        runs.claim_origins(workdir, config, in_use=in_use)
         model, params, text = student
         loss_fn, tasks, beta = from_config.make_loss(config, model, params, trainable, teacher)
 
-        frozen = sharding.put_params({"rest": rest, "teacher": teacher.params}, mesh)
+        of_teacher = from_config.frozen_teacher(config, teacher)
+        frozen = sharding.put_params({"rest": rest, "teacher": of_teacher}, mesh)
         tx, schedule, task_weights = from_config.make_optimizer(config, len(tasks))
         init = functools.partial(init_train_state, tx=tx, weighting=task_weights)
         placement = sharding.params_sharding(jax.eval_shape(init, trainable), mesh)
@@ -127,86 +125,6 @@ def run(config, workdir: pathlib.Path) -> pathlib.Path:
     return output
 
 
-def read_run(workdir: pathlib.Path) -> from_config.Start:
-    """The model of the newest checkpoint in a run's workdir, with its averaged (EMA) weights.
-
-    Raises FileNotFoundError where there is none; and as `hub.load_model`, for what the run itself
-    started from, which holds the parameters that it did not train.
-    """
-    path = workdir / "config.json"
-    if not path.is_file() or not (workdir / "checkpoints").is_dir():
-        raise FileNotFoundError(
-            f"{workdir} is no workdir of a run: no config.json, no checkpoints/"
-        )
-    config = ConfigDict(json.loads(path.read_text()))
-    with Checkpoints(workdir / "checkpoints", keep=config.train.keep_checkpoints) as checkpoints:
-        if checkpoints.latest is None:
-            raise FileNotFoundError(f"{workdir}/checkpoints holds no complete checkpoint")
-        teacher, (model, params, text), trainable, rest = from_config.make_models(config)
-        _, tasks, _ = from_config.make_loss(config, model, params, trainable, teacher)
-        tx, _, task_weights = from_config.make_optimizer(config, len(tasks))
-        mesh = sharding.make_mesh(devices=jax.devices()[:1])
-        abstract_state = jax.eval_shape(lambda: init_train_state(trainable, tx, task_weights))
-        state, _ = checkpoints.restore(
-            jax.tree.map(
-                lambda x: jax.ShapeDtypeStruct(
-                    x.shape, x.dtype, sharding=sharding.replicated(mesh)
-                ),
-                abstract_state,
-            )
-        )
-    params = jax.tree.map(np.asarray, merge(state.ema, rest))
-    params.pop("adapters", None)
-    return from_config.Start(model, params, text)
-
-
-def claim(workdir: pathlib.Path, config, *, in_use: bool) -> None:
-    """Writes the config to the workdir; ValueError if it is in use by a run with other settings.
-
-    A finished or interrupted run is never mistaken for, or mixed with, another one; one that died
-    before its first checkpoint, of a wrong setting perhaps, left nothing to mix.
-    """
-    path = workdir / "config.json"
-    now = json.loads(config.to_json_best_effort())
-    if in_use and path.exists():
-        before, wanted = (flatten_dict(c, sep=".") for c in (json.loads(path.read_text()), now))
-        changed = [
-            f"{key}: {before.get(key)} -> {wanted.get(key)}"
-            for key in sorted(before.keys() | wanted.keys())
-            # Where the run is says its path; a config alone says where it would be.
-            if before.get(key) != wanted.get(key) and key.split(".")[-1] != "workdir"
-        ]
-        if changed:
-            raise ValueError(
-                f"{workdir} holds a run with other settings; choose another --workdir or delete it."
-                f" Changed: {'; '.join(changed)}"
-            )
-    path.write_text(json.dumps(now, indent=2) + "\n")
-
-
-def claim_origins(workdir: pathlib.Path, config, *, in_use: bool) -> None:
-    """Writes down which models the run starts from; ValueError if they have changed since.
-
-    The same path may hold another model by now, retrained with other settings. Models of the hub
-    are told apart by their revision, and those that are gone are not asked for.
-    """
-    path = workdir / "origins.json"
-    wanted = {
-        origin: digest
-        for origin in (config.teacher.path, config.init, config.autoencoder.path)
-        if origin and (digest := hub.digest(origin))
-    }
-    before = json.loads(path.read_text()) if in_use and path.exists() else {}
-    if changed := [
-        origin for origin, digest in wanted.items() if before.get(origin, digest) != digest
-    ]:
-        raise ValueError(
-            f"{workdir} was trained from another model at {', '.join(changed)} than the one that"
-            " is there now; choose another --workdir or delete it"
-        )
-    path.write_text(json.dumps({**before, **wanted}, indent=2) + "\n")
-
-
 def train_what_is_absent(config) -> None:
     """Trains the teacher, and then the model to start from, that the config can make."""
     if config.teacher.path:
@@ -214,7 +132,8 @@ def train_what_is_absent(config) -> None:
     first = config.get("init_config")
     if config.init and first is not None:
         # On the same pairs and with the same teacher as this run.
-        first.update(data=config.data, eval=config.eval, teacher=config.teacher)
+        same = config.copy_and_resolve_references()
+        first.update(data=same.data, eval=same.eval, teacher=same.teacher)
     if config.init:
         train_if_absent(config.init, first)
 
@@ -233,18 +152,18 @@ def train_if_absent(path: str, config) -> None:
 def score(config, model, params, source, mesh, writer: MetricWriter, step: int) -> float:
     """Evaluates the current model, writes metrics and a gallery, and returns its AbsRel."""
     pipeline = DepthPipeline(model, params, mesh=mesh)
+    protocol = protocol_of(config.eval)
     results = evaluate(
-        {config.stage: model_predictor(pipeline, config.eval)},
+        {config.stage: model_predictor(pipeline, protocol, config.eval.batch_size)},
         source,
+        protocol,
         title=f"step {step}",
-        min_depth=config.eval.min_depth,
-        max_depth=config.eval.max_depth,
         num_images=config.eval.num_images,
         batch_size=config.eval.batch_size,
         num_pictures=config.eval.num_pictures,
     )
-    names = [key for key in results.rows[0] if key not in ("predictor", "image", "group")]
-    writer.scalars(step, {key: results.mean(config.stage, key) for key in names}, prefix="eval")
+    scores = {key: results.mean(config.stage, key) for key in results.metrics}
+    writer.scalars(step, scores, prefix="eval")
     if results.pictures is not None:
         writer.picture(step, "predictions", results.pictures)
     sources = ""

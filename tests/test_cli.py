@@ -139,7 +139,8 @@ def test_passes_every_setting_on(fake, tmp_path):
     loaded = {k: v for k, v in fake.loaded.items() if k != "cls"}
     assert loaded == {
         "path_or_hub_id": "owner/name", "dtype": "bfloat16", "fold": True, "revision": "main",
-        "variant": "fp16", "subfolder": "sub", "cache_dir": "cache", "token": None, "local_files_only": True,
+        "variant": "fp16", "subfolder": "sub", "cache_dir": "cache", "token": None,
+        "local_files_only": True,
     }  # fmt: skip
     (settings,) = fake.last.settings
     assert fake.last.checked == settings | {"batch_size": 2}

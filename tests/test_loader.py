@@ -4,8 +4,15 @@ import json
 import numpy as np
 import pytest
 
-from d3epth_jax.data.loader import ProceduralIterator, batches, make_loader, standard_transforms
-from d3epth_jax.data.transforms import fit_to, horizontal_flip
+from d3epth_jax.data.loader import (
+    ProceduralIterator,
+    batches,
+    iterate,
+    make_loader,
+    mixed,
+    standard_transforms,
+)
+from d3epth_jax.data.transforms import choose_side, fit_to, horizontal_flip
 
 
 class Numbered:
@@ -207,6 +214,124 @@ def test_bad_arguments():
         batches(Numbered(0), (), batch_size=1, seed=0, shuffle=False)
     with pytest.raises(ValueError, match="batch_size"):
         batches(Numbered(1), (), batch_size=0, seed=0, shuffle=False)
+
+
+SOURCES = ((Numbered(10), (8, 8)), (Numbered(7, (10, 30)), (8, 24)), (Numbered(5), (4, 4)))
+
+
+def mix(count=2, shares=(0.9, 0.1), batch_size=4, num_workers=0, **process):
+    datasets = [
+        batches(source, standard_transforms(size), batch_size=batch_size, seed=seed, shuffle=True,
+                **process)
+        for seed, (source, size) in enumerate(SOURCES[:count])
+    ]  # fmt: skip
+    return iterate(mixed(datasets, shares), num_workers=num_workers)
+
+
+def test_a_mix_has_the_asked_shares_in_batches_of_one_shape():
+    loader = mix(3, (0.6, 0.3, 0.1))
+    shapes = [next(loader)["image"].shape[1:3] for _ in range(100)]
+    counts = [shapes.count(size) for _, size in SOURCES]
+    np.testing.assert_allclose(counts, (60, 30, 10), atol=1)
+    # Spread out, not one source after the other.
+    counts = [shapes[:20].count(size) for _, size in SOURCES]
+    np.testing.assert_allclose(counts, (12, 6, 2), atol=1)
+
+
+def test_a_mix_gives_each_source_the_batches_it_gives_alone():
+    loader = mix(2, (0.75, 0.25))
+    alone = [
+        make_loader(source, standard_transforms(size), batch_size=4, seed=seed, shuffle=True)
+        for seed, (source, size) in enumerate(SOURCES[:2])
+    ]
+    for _ in range(12):
+        batch = next(loader)
+        assert_same(batch, next(alone[batch["image"].shape[2] == 24]))
+
+
+@pytest.mark.parametrize("num_workers,steps", [(0, 5), (2, 9)])
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_mix_resumes_exactly(num_workers, steps, processes):
+    """For every process; and their batches of a step are of one source and make the global one."""
+    options = {"shares": (0.75, 0.25), "num_workers": num_workers, "batch_size": 4 // processes}
+    loaders = [mix(**options, process_index=p, process_count=processes) for p in range(processes)]
+    whole = mix(shares=(0.75, 0.25))
+    for _ in range(steps):
+        for loader in (*loaders, whole):
+            next(loader)
+    states = [json.loads(json.dumps(loader.get_state())) for loader in loaders]
+    resumed = [mix(**options, process_index=p, process_count=processes) for p in range(processes)]
+    for loader, state in zip(resumed, states, strict=True):
+        loader.set_state(state)
+    seen = set()
+    for _ in range(5):
+        expected = next(whole)
+        for group in (loaders, resumed):
+            pieces = [next(loader) for loader in group]
+            joined = {key: np.concatenate([piece[key] for piece in pieces]) for key in expected}
+            assert_same(joined, expected)
+        seen.add(expected["image"].shape)
+    assert len(seen) == 2
+    if num_workers:
+        for loader in (*loaders, *resumed):
+            loader.close()
+
+
+def test_a_mix_needs_a_positive_share_for_each():
+    with pytest.raises(ValueError, match="positive shares"):
+        mix(2, (1.0, 0.0))
+    with pytest.raises(ValueError, match="2 sources need as many"):
+        mix(2, (1.0,))
+
+
+def test_filters_and_far_limit_take_pixels_and_never_samples():
+    class Scenes:
+        """A bright scene of 1 m to its number + 1 metres; an eighth of it unknown."""
+
+        def __len__(self):
+            return 4
+
+        def __getitem__(self, i):
+            depth = np.linspace(1, 1 + i, 64, dtype=np.float32).reshape(8, 8, 1)
+            image = np.full((8, 8, 3), 100, np.uint8)
+            image[0] = 100 + 10 * (i != 2)
+            mask = np.arange(64).reshape(8, 8, 1) >= 8
+            return {"image": image, "depth": depth * mask, "mask": mask}
+
+    def known(**settings):
+        transforms = standard_transforms((8, 8), flip=0, crop="center", **settings)
+        options = {"batch_size": 4, "seed": 0, "shuffle": False, "num_epochs": 1}
+        batch = next(make_loader(Scenes(), transforms, **options))
+        assert not batch["depth"][~batch["mask"]].any() and batch["mask"].dtype == bool
+        return batch["mask"].sum((1, 2, 3)).tolist()
+
+    none = {"min_range": 0.0, "min_contrast": 0, "max_invalid": 1.0}
+    assert known() == known(filters=none) == [56] * 4
+    assert known(filters=none | {"min_range": 0.5}) == [0, 56, 56, 56]
+    assert known(filters=none | {"min_contrast": 10}) == [56, 56, 0, 56]
+    assert known(filters=none | {"max_invalid": 0.12}) == [0] * 4
+    # Beyond the limit is unknown, and that is no reason to leave a sample out.
+    assert known(max_depth=2.0, filters=none | {"max_invalid": 0.13}) == [56, 56, 24, 14]
+
+
+def test_kittis_crop_is_the_bottom_and_the_middle_unscaled():
+    sample = Numbered(1)[0]
+    result = fit_to(sample, np.random.default_rng(0), size=(8, 10), crop="kitti")
+    for key in sample:
+        np.testing.assert_array_equal(result[key], sample[key][4:, 3:13])
+    with pytest.raises(ValueError, match="picture of 16x12 has no crop 'kitti' of 18x8"):
+        fit_to(sample, np.random.default_rng(0), size=(8, 18), crop="kitti")
+
+
+def test_a_cached_side_is_the_one_that_a_flip_would_have_given():
+    sample = Numbered(1)[0]
+    both = {key: np.stack([value, value[:, ::-1]]) for key, value in sample.items()}
+    for seed in range(8):
+        for probability in (0, 0.5, 1):
+            expected = horizontal_flip(sample, np.random.default_rng(seed), probability=probability)
+            cached = both | {"image": sample["image"]}
+            got = choose_side(cached, np.random.default_rng(seed), probability=probability)
+            assert_same(got, expected)
 
 
 class Scenes:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 
 import diffusers
 import jax
@@ -12,10 +13,10 @@ import torch
 from PIL import Image
 
 from configs import common
-from d3epth_jax import DepthPipeline, train
+from d3epth_jax import DepthPipeline, from_config, train
 from d3epth_jax import image as image_lib
 from d3epth_jax.models import presets
-from d3epth_jax.weights import hub, surgery
+from d3epth_jax.weights import files, hub, surgery
 from tests import pipeline_oracle as oracle
 from tests.conftest import write_pairs
 
@@ -316,11 +317,40 @@ def test_a_training_step_changes_what_trains_and_nothing_else(trained):
 
 @pytest.mark.xdist_group("trained")
 def test_the_newest_checkpoint_of_a_run_is_a_model_too(trained, tmp_path):
-    start = train.read_run(trained)
+    start = from_config.read_run(trained)
     hub.save_model(tmp_path / "again", start.model, start.params, start.text)
     oracle.assert_same_tensors(
         oracle.tensors_below(tmp_path / "again"), oracle.tensors_below(trained / "model")
     )
+
+
+@pytest.mark.xdist_group("trained")
+def test_training_starts_from_the_workdir_of_a_run(trained, pairs):
+    config = pixel_config(trained, pairs)
+    config.model.dtype = "bfloat16"
+    start = from_config.make_student(config, from_config.Start())
+    assert start.model.dtype == "bfloat16" and start.model.processing_resolution == 64
+    model = hub.load_model(trained / "model")
+    jax.tree.map(np.testing.assert_array_equal, start.params, model.params)
+
+
+@pytest.mark.xdist_group("trained")
+def test_a_run_is_not_read_on_top_of_another_model_than_it_started_from(trained, tmp_path):
+    shutil.copytree(trained, tmp_path / "run")
+    origin = tmp_path / "sd"
+    shutil.copytree(trained.parent / "sd", origin)
+    config = json.loads((tmp_path / "run/config.json").read_text())
+    config["init"] = str(origin)
+    origins = {str(origin): hub.digest(origin)}
+    (tmp_path / "run/config.json").write_text(json.dumps(config))
+    (tmp_path / "run/origins.json").write_text(json.dumps(origins))
+    from_config.read_run(tmp_path / "run")
+    path = origin / "vae" / f"{hub.STEM}.safetensors"
+    tensors = {key: x.copy() for key, x in files.read(path).items()}
+    tensors["decoder.conv_out.bias"] += 1
+    files.write(path, tensors)
+    with pytest.raises(ValueError, match=r"another model at .*sd than the one that is there now"):
+        from_config.read_run(tmp_path / "run")
 
 
 def test_a_student_pruned_from_the_teacher_learns_its_latents(saved, pairs, tmp_path, monkeypatch):

@@ -9,7 +9,7 @@ import pytest
 from ml_collections import ConfigDict
 
 from configs import common, quickstart, stage1, stage2
-from d3epth_jax import main, train
+from d3epth_jax import main, runs, train
 from d3epth_jax.checkpoint import Checkpoints
 from d3epth_jax.data.sources.files import SourceError
 from d3epth_jax.metric_writer import MetricWriter, read_metrics
@@ -97,7 +97,7 @@ def test_finished_run_is_not_trained_again(pairs, tmp_path, monkeypatch):
     config = teacher_config(pairs, steps=2)
     output = train.run(config, tmp_path)
     before = weights(output)
-    monkeypatch.setattr(train.from_config, "make_batches", lambda *_: pytest.fail("trained again"))
+    monkeypatch.setattr(train.training_data, "make_batches", lambda *_: pytest.fail("again"))
     assert train.run(config, tmp_path) == output
     assert weights(output) == before
 
@@ -219,11 +219,11 @@ def test_quickstart_and_tiny_stages_share_one_teacher(tmp_path):
     quick = main.fill_in(quickstart.get_config("")["teacher"], tmp_path)
     tiny = stage1.get_config("tiny").teacher.config
 
-    train.claim(tmp_path, quick, in_use=False)
-    train.claim(tmp_path, tiny, in_use=True)
+    runs.claim(tmp_path, quick, in_use=False)
+    runs.claim(tmp_path, tiny, in_use=True)
     tiny.seed = 1
     with pytest.raises(ValueError, match=r"other settings.*Changed: seed: 0 -> 1$"):
-        train.claim(tmp_path, tiny, in_use=True)
+        runs.claim(tmp_path, tiny, in_use=True)
 
 
 def test_a_run_notices_that_its_teacher_is_another_one(pairs, tmp_path):
@@ -233,7 +233,7 @@ def test_a_run_notices_that_its_teacher_is_another_one(pairs, tmp_path):
         model = small_model(small_unet((8, 16)))
         hub.save_model(tmp_path / "teacher", model, init_params(model, seed))
         with pytest.raises(ValueError, match=message) if message else contextlib.nullcontext():
-            train.claim_origins(tmp_path, config, in_use=in_use)
+            runs.claim_origins(tmp_path, config, in_use=in_use)
 
 
 def test_all_wrong_settings_are_told_before_anything_is_trained(tmp_path):

@@ -8,17 +8,38 @@ import numpy as np
 SOURCES = {
     "folder": ("d3epth_jax.data.sources.folder", "folder"),
     "hypersim": ("d3epth_jax.data.sources.hypersim", "hypersim"),
+    "tfds": ("d3epth_jax.data.sources.tfds", "tfds"),
     "procedural": ("d3epth_jax.data.procedural", "ProceduralSource"),
     "vkitti2": ("d3epth_jax.data.sources.vkitti2", "vkitti2"),
+    "nyu": ("d3epth_jax.data.sources.nyu", "nyu"),
+    "kitti": ("d3epth_jax.data.sources.kitti", "kitti"),
+    "eth3d": ("d3epth_jax.data.sources.eth3d", "eth3d"),
+    "scannet": ("d3epth_jax.data.sources.scannet", "scannet"),
+    "diode": ("d3epth_jax.data.sources.diode", "diode"),
+    "ibims": ("d3epth_jax.data.sources.ibims", "ibims"),
 }
 
 
 def make_source(name: str, **settings):
-    """A source by its name in configs; the other settings are its arguments."""
+    """A source by its name in configs; the other settings are its arguments.
+
+    "tfds:NAME/SPLIT" is tfds with dataset="NAME", split="SPLIT".
+    """
+    name, _, dataset = name.partition(":")
+    if dataset and name == "tfds":
+        dataset, _, split = dataset.rpartition("/") if "/" in dataset else (dataset, "", "")
+        settings = settings | {"dataset": dataset} | ({"split": split} if split else {})
+    elif dataset:
+        raise ValueError(f"data source {name!r} takes no {dataset!r}; only tfds:NAME does")
+    return source_function(name)(**settings)
+
+
+def source_function(name: str):
+    """The function behind a name in SOURCES."""
     if name not in SOURCES:
         raise ValueError(f"unknown data source {name!r}: choose one of {sorted(SOURCES)}")
     module, function = SOURCES[name]
-    return getattr(importlib.import_module(module), function)(**settings)
+    return getattr(importlib.import_module(module), function)
 
 
 def read_samples(source, indices: Sequence[int]) -> list[dict[str, np.ndarray]]:

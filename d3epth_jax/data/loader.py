@@ -11,54 +11,48 @@ import grain
 import numpy as np
 from absl import flags
 
-from d3epth_jax.data.transforms import fit_to, horizontal_flip
+from d3epth_jax.data.transforms import (
+    empty_rejected,
+    fit_to,
+    horizontal_flip,
+    limit_depth,
+)
+
+NO_FILTER = {"min_range": 0, "min_contrast": 0, "max_invalid": 1}  # `filters.rejection`'s defaults
 
 Transform = Callable[[dict, np.random.Generator], dict]
 
 
 def standard_transforms(
-    size: tuple[int, int], *, flip: float = 0.5, crop: str = "random"
+    size: tuple[int, int],
+    *,
+    flip: float = 0.5,
+    crop: str = "random",
+    max_depth: float = 0.0,
+    filters: Mapping[str, float] | None = None,
 ) -> list[Transform]:
-    """Cover and crop to `size` = (H, W), and mirror with probability `flip` (METHOD 9)."""
+    """What METHOD 9 does to a sample before it is trained on.
+
+    Args:
+      size: (H, W), which is covered and cropped to (`fit_to`, `crop`).
+      flip: probability of a horizontal flip.
+      max_depth: metres; beyond is unknown. 0 for no limit.
+      filters: arguments of `filters.rejection`, seen by the whole picture as its source gives it; a
+        sample that fails has no known pixel.
+    """
+    chain: list[Transform] = []
+    if any(filters[name] != none for name, none in NO_FILTER.items() if name in (filters or {})):
+        chain.append(functools.partial(empty_rejected, **filters))
+    if max_depth:
+        chain.append(functools.partial(limit_depth, max_depth=max_depth))
     return [
+        *chain,
         functools.partial(fit_to, size=tuple(size), crop=crop),
         functools.partial(horizontal_flip, probability=flip),
     ]
 
 
 def batches(
-    source,
-    transforms: Sequence[Transform],
-    *,
-    batch_size: int,
-    seed: int,
-    shuffle: bool,
-    num_epochs: int | None = None,
-) -> grain.MapDataset:
-    """Batches of one source, addressed by their number; None repeats for ever.
-
-    Every transform is called as transform(sample, rng) with a generator of its own that depends
-    only on the seed and the sample's position, so nothing random needs saving. Every epoch has a
-    new order. Repeating comes before batching: batches run across epochs, so a source may be
-    smaller than a batch. With `num_epochs` the last batch may be short.
-
-    To train on several sources: `grain.MapDataset.mix([batches(a), batches(b)], weights)`, so that
-    each batch keeps one shape.
-    """
-    if len(source) == 0:
-        raise ValueError("the source is empty")
-    if batch_size < 1:
-        raise ValueError(f"batch_size must be positive, got {batch_size}")
-    dataset = grain.MapDataset.source(source).seed(seed)
-    if shuffle:
-        dataset = dataset.shuffle()
-    dataset = dataset.repeat(num_epochs)
-    for transform in transforms:
-        dataset = dataset.random_map(transform)
-    return dataset.batch(batch_size)
-
-
-def make_loader(
     source,
     transforms: Sequence[Transform] = (),
     *,
@@ -68,33 +62,64 @@ def make_loader(
     num_epochs: int | None = None,
     process_index: int = 0,
     process_count: int = 1,
-    num_workers: int = 0,
-    num_threads: int = 4,
-) -> grain.DatasetIterator:
-    """Iterator of this process's batches of `batch_size` samples each (not the global batch).
+) -> grain.MapDataset:
+    """This process's batches of one source, addressed by their number; None repeats for ever.
+
+    Every transform is called as transform(sample, rng), in turn, with a generator that depends only
+    on the seed and the sample's position, so nothing random needs saving. Every epoch has a new
+    order. Repeating comes before batching: batches run across epochs, so a source may be smaller
+    than a batch. With `num_epochs` the last batch may be short.
 
     Processes take whole batches in turn, after all randomness: put together, the batches of a step
     are the same samples in the same order for any `process_count` of one global batch size, so a
     run may resume on another number of hosts. With `num_epochs`, shares may differ by one batch.
-
-    `num_threads` batches are prepared at once in each of `num_workers` processes (0: in this one);
-    the batches do not depend on either, but a saved state fits only its own `num_workers`.
     """
+    if len(source) == 0:
+        raise ValueError("the source is empty")
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be positive, got {batch_size}")
     if not 0 <= process_index < process_count:
         raise ValueError(
             f"process_index {process_index} is not below process_count {process_count}"
         )
-    dataset = batches(
-        source,
-        transforms,
-        batch_size=batch_size,
-        seed=seed,
-        shuffle=shuffle,
-        num_epochs=num_epochs,
-    )
+    dataset = grain.MapDataset.source(source).seed(seed)
+    if shuffle:
+        dataset = dataset.shuffle()
+    dataset = dataset.repeat(num_epochs)
+    if transforms:
+        # One generator for all: a transform that draws nothing changes nothing for the others.
+        dataset = dataset.random_map(functools.partial(_in_turn, transforms=tuple(transforms)))
+    return dataset.batch(batch_size)[process_index::process_count]
+
+
+def _in_turn(sample: dict, rng: np.random.Generator, transforms: Sequence[Transform]) -> dict:
+    for transform in transforms:
+        sample = transform(sample, rng)
+    return sample
+
+
+def mixed(datasets: Sequence[grain.MapDataset], shares: Sequence[float]) -> grain.MapDataset:
+    """Whole batches of several sources in a fixed order, `shares` of them each (to within 1 %).
+
+    Each batch comes from one source, whose shape it has: mixing samples would mix shapes. And since
+    the order depends on the step alone, all processes take that step's batch from one source.
+    """
+    if len(datasets) != len(shares) or not all(share > 0 for share in shares):
+        raise ValueError(f"{len(datasets)} sources need as many positive shares, not {shares}")
+    return datasets[0] if len(datasets) == 1 else grain.MapDataset.mix(datasets, shares)
+
+
+def iterate(
+    dataset: grain.MapDataset, *, num_workers: int = 0, num_threads: int = 4
+) -> grain.DatasetIterator:
+    """Iterator of a dataset of batches, read ahead.
+
+    `num_threads` batches are prepared at once in each of `num_workers` processes (0: in this one);
+    the batches do not depend on either, but a saved state fits only its own `num_workers`.
+    """
     # Grain would buffer 500 elements, and an element is a whole batch here.
     options = grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=num_threads)
-    iterable = dataset[process_index::process_count].to_iter_dataset(options)
+    iterable = dataset.to_iter_dataset(options)
     if num_workers > 0:
         # Grain's workers read absl flags, which are unparsed in a notebook or another entry point.
         if not flags.FLAGS.is_parsed():
@@ -103,11 +128,24 @@ def make_loader(
     return iter(iterable)
 
 
+def make_loader(
+    source,
+    transforms: Sequence[Transform] = (),
+    *,
+    num_workers: int = 0,
+    num_threads: int = 4,
+    **of_batches,
+) -> grain.DatasetIterator:
+    """Iterator of this process's batches of one source: `iterate(batches(source, ...))`."""
+    dataset = batches(source, transforms, **of_batches)
+    return iterate(dataset, num_workers=num_workers, num_threads=num_threads)
+
+
 class ProceduralIterator:
     """Endless batches of a procedural source: scenes number step * global batch + arange.
 
     `source.batch(indices int32 [B])` makes a batch of arrays, on the device; indices wrap at
-    len(source). As in `make_loader`, `batch_size` is this process's, and a step's global batch does
+    len(source). As in `batches`, `batch_size` is this process's, and a step's global batch does
     not depend on the number of processes.
 
     `place` moves {"indices": this process's indices} to devices before the scenes are made: split

@@ -1,4 +1,7 @@
-"""Stage 1, latent distillation (METHOD 7): the student learns the teacher's depth latent."""
+"""Stage 1, latent distillation (METHOD 7): the student learns the teacher's depth latent.
+
+What the teacher gives (`teach`) is made as it is needed, or once and for all (cache.py).
+"""
 
 import jax
 import jax.numpy as jnp
@@ -6,6 +9,10 @@ import jax.numpy as jnp
 from d3epth_jax import inference, losses, targets
 from d3epth_jax.models.config import UNetConfig
 from d3epth_jax.models.depth_model import DepthModel, abstract_params
+from d3epth_jax.typing import Batch, Latent, Params
+
+LESSON = ("rgb_latent", "teacher_latent")  # what `teach` gives of every picture,
+TARGET = ("gt_latent", "latent_mask", "has_target")  # and of its depth
 
 
 def feature_pairs(student: UNetConfig, teacher: UNetConfig) -> list[tuple[str, str]]:
@@ -71,22 +78,91 @@ def init_adapters(
     return adapters
 
 
+def starts_at_zero(teacher: DepthModel) -> bool:
+    """Whether the depth latent that a teacher starts from is zero, as in inference (METHOD 1)."""
+    return teacher.denoising_steps == 1 or teacher.starts_at_zero
+
+
+def teach(
+    teacher: DepthModel,
+    params: Params,
+    batch: Batch,
+    *,
+    steps: int = 1,
+    with_target: bool = True,
+    min_valid: int = 16,
+) -> tuple[dict, dict]:
+    """What a teacher gives for pictures and their depth, and its UNet's features by name.
+
+    Args:
+      batch: image uint8 [B,H,W,3]; for a target also depth float32 metres and mask [B,H,W,1].
+      steps: of denoising. One step of a model made for one is that of training (`predict_latent`);
+        everything else is inference's, and has no features.
+      with_target: also encode the depth map.
+
+    Returns:
+      {rgb_latent, teacher_latent [B,h,w,C]}, and of the target {gt_latent [B,h,w,C], latent_mask
+      bool [B,h,w,1], has_target bool [B]: whether a cell of the picture may carry a loss}.
+    """
+    rgb_latent = inference.encode_image(teacher, params, inference.to_float(batch["image"]))
+    latent, features = predict(teacher, params, rgb_latent, batch["image"], steps=steps)
+    lesson = {"rgb_latent": rgb_latent, "teacher_latent": latent}
+    if with_target:
+        target, has_target = targets.normalize(
+            batch["depth"], batch["mask"], space=teacher.prediction_type, min_valid=min_valid
+        )
+        cells = targets.latent_mask(batch["mask"], factor=teacher.downsample)
+        filled = targets.fill_invalid(target, batch["mask"], space=teacher.prediction_type)
+        lesson["gt_latent"] = inference.encode_image(teacher, params, jnp.repeat(filled, 3, -1))
+        lesson["latent_mask"] = cells
+        lesson["has_target"] = has_target & jnp.any(cells, (1, 2, 3))
+    return lesson, features
+
+
+def predict(
+    teacher: DepthModel, params: Params, rgb_latent: Latent, image, *, steps: int, member=0
+) -> tuple[Latent, dict]:
+    """The teacher's depth latent, and its features where it takes the one step it was made for.
+
+    Where it starts from noise, that is drawn from the picture itself and the number `member` of an
+    ensemble: always the same for one picture, whatever its place in a batch or data set, and
+    another for every other, so that a student of many pictures learns the mean over noise.
+    """
+    if steps == 1 and starts_at_zero(teacher):
+        return inference.predict_latent(teacher, params, rgb_latent)
+    noise = jnp.zeros(rgb_latent.shape, jnp.float32)
+    if not starts_at_zero(teacher):
+        # Mirror images have one sum, and one noise.
+        seeds = jnp.sum(image, (1, 2, 3), dtype=jnp.uint32)
+        key = jax.random.fold_in(jax.random.key(0), member)
+        noise = jax.vmap(
+            lambda seed: jax.random.normal(jax.random.fold_in(key, seed), noise.shape[1:])
+        )(seeds)
+    return inference.denoise(teacher, params, rgb_latent, noise, steps), {}
+
+
 def make_loss(
     model: DepthModel,
     teacher: DepthModel,
     *,
     terms: tuple[str, ...] = ("gt", "out", "feat"),
     share_encoder: bool = True,
+    teacher_steps: int = 1,
+    cached: bool = False,
     min_valid: int = 16,
 ):
     """The loss function of stage 1.
 
     Args:
-      model, teacher: the student, and a single-step teacher of the same latent space.
+      model, teacher: the student, and a teacher of the same latent space.
       terms: `gt` masked MSE to the encoded ground truth (the teacher's encoder must know depth
         maps: a pretrained autoencoder, not one trained from scratch), `out` MSE to the teacher's
         latent, `feat` features, `enc` MSE of the student's own encoder to the teacher's.
       share_encoder: the student reads the teacher's RGB latent instead of encoding by itself.
+      teacher_steps: of denoising; features are those of a single step.
+      cached: the batch holds what `teach` gives, instead of depth and mask, and the image only
+        where the student encodes it. The teacher's parameters are then needed for features alone,
+        {unet, prompt}.
 
     Returns:
       loss_fn(params, frozen, batch) -> (losses, weights, metrics), each {name: [B]}.
@@ -96,6 +172,12 @@ def make_loss(
         raise ValueError(f"unknown terms {sorted(unknown)}; stage 1 knows {list(known)}")
     if "enc" in terms and share_encoder:
         raise ValueError("the term enc trains the student's encoder: set share_encoder to False")
+    if "feat" in terms and not (teacher_steps == 1 and starts_at_zero(teacher)):
+        raise ValueError(
+            "the term feat compares features of a teacher's single step from zero latents; this"
+            f" teacher takes {teacher_steps} step(s), from noise or not, and can give its latent"
+            " alone: set the weight of feat to 0 (--config.loss.beta.feat=0)"
+        )
     if model.prediction_type != teacher.prediction_type:
         raise ValueError(
             f"the student predicts {model.prediction_type}, its teacher {teacher.prediction_type}:"
@@ -108,30 +190,32 @@ def make_loss(
         )
     pairs = feature_pairs(model.unet, teacher.unet) if "feat" in terms else []
 
+    def given(of_teacher, batch) -> tuple[dict, dict]:
+        """(lesson, the teacher's features), made now or read from the batch."""
+        if not cached:
+            options = {"with_target": "gt" in terms, "min_valid": min_valid}
+            return teach(teacher, of_teacher, batch, steps=teacher_steps, **options)
+        if not pairs:
+            return batch, {}
+        rgb_latent = batch["rgb_latent"].astype(jnp.float32)
+        return batch, inference.predict_latent(teacher, of_teacher, rgb_latent)[1]
+
     def loss_fn(params, frozen, batch):
-        of_teacher = frozen["teacher"]
-        image = inference.to_float(batch["image"])
-        teacher_rgb = inference.encode_image(teacher, of_teacher, image)
-        teacher_latent, teacher_features = inference.predict_latent(
-            teacher, of_teacher, teacher_rgb
-        )
-        rgb = teacher_rgb if share_encoder else inference.encode_image(model, params, image)
+        lesson, teacher_features = given(frozen["teacher"], batch)
+        rgb = lesson["rgb_latent"].astype(jnp.float32)
+        if not share_encoder:
+            rgb = inference.encode_image(model, params, inference.to_float(batch["image"]))
         latent, features = inference.predict_latent(model, params, rgb)
 
-        every_image = jnp.ones(image.shape[:1], jnp.float32)
-        everything, weights = {}, {}
+        everything = {}
+        weights = {}
         if "gt" in terms:
-            target, has_target = targets.normalize(
-                batch["depth"], batch["mask"], space=teacher.prediction_type, min_valid=min_valid
+            everything["gt"] = losses.latent_distillation(
+                latent, lesson["gt_latent"], lesson["latent_mask"]
             )
-            cells = targets.latent_mask(batch["mask"], factor=teacher.downsample)
-            filled = targets.fill_invalid(target, batch["mask"], space=teacher.prediction_type)
-            picture = jnp.repeat(filled, 3, -1)
-            true_latent = inference.encode_image(teacher, of_teacher, picture)
-            everything["gt"] = losses.latent_distillation(latent, true_latent, cells)
-            weights["gt"] = (has_target & jnp.any(cells, (1, 2, 3))).astype(jnp.float32)
+            weights["gt"] = lesson["has_target"].astype(jnp.float32)
         if "out" in terms:
-            everything["out"] = losses.latent_distillation(latent, teacher_latent)
+            everything["out"] = losses.latent_distillation(latent, lesson["teacher_latent"])
         if pairs:
             adapters = params.get("adapters", {})
             mapped = [
@@ -144,11 +228,12 @@ def make_loss(
                 mapped, [teacher_features[its] for _, its in pairs]
             )
         if "enc" in terms:
-            everything["enc"] = losses.latent_distillation(rgb, teacher_rgb)
+            everything["enc"] = losses.latent_distillation(rgb, lesson["rgb_latent"])
         # How much of the teacher's latent the student explains: 1 is all, 0 no better than zero.
-        power = jnp.mean(jnp.square(teacher_latent.astype(jnp.float32)), (1, 2, 3))
-        error = losses.latent_distillation(latent, teacher_latent)
+        power = jnp.mean(jnp.square(lesson["teacher_latent"].astype(jnp.float32)), (1, 2, 3))
+        error = losses.latent_distillation(latent, lesson["teacher_latent"])
         metrics = {"explained": 1 - error / jnp.maximum(power, 1e-12)}
+        every_image = jnp.ones(len(power), jnp.float32)
         return everything, dict.fromkeys([*everything, *metrics], every_image) | weights, metrics
 
     return loss_fn

@@ -183,13 +183,25 @@ def load_autoencoder(
     return config, convert.from_torch(tensors, abstract_autoencoder(config), dtype=np.float32)
 
 
-def digest(path: str | os.PathLike) -> str:
-    """Of a local model's weights, so that a path's model can be recognised; "" for none there."""
+def digest(path_or_hub_id: str | os.PathLike, revision: str | None = None) -> str:
+    """By what a model can be recognised: of its weights, or the commit in the hub's cache.
+
+    Of a run's workdir it is the newest checkpoint's step. "" for what is not there.
+    """
+    path = pathlib.Path(path_or_hub_id)
+    if not path.is_dir():
+        try:
+            return download.commit(locate(path_or_hub_id, revision=revision, local_files_only=True))
+        except FileNotFoundError:
+            return ""
+    if (path / "checkpoints").is_dir():
+        steps = [p.name for p in (path / "checkpoints").iterdir() if p.name.isdigit()]
+        return f"step {max(steps, key=int)}" if steps else ""
     hashes = hashlib.sha256()
-    for weights in sorted(pathlib.Path(path).rglob("*.safetensors")):
+    for weights in sorted(path.rglob("*.safetensors")):
         with weights.open("rb") as file:
             hashes.update(hashlib.file_digest(file, "sha256").digest())
-    return hashes.hexdigest() if pathlib.Path(path).is_dir() else ""
+    return hashes.hexdigest()
 
 
 def push(

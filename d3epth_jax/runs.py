@@ -1,0 +1,71 @@
+"""What a workdir says of its run: its settings, and which models it started from."""
+
+import json
+import pathlib
+
+from flax.traverse_util import flatten_dict
+
+from d3epth_jax.weights import hub
+
+
+def claim(workdir: pathlib.Path, config, *, in_use: bool) -> None:
+    """Writes the config to the workdir; ValueError if it is in use by a run with other settings.
+
+    A finished or interrupted run is never mistaken for, or mixed with, another one; one that died
+    before its first checkpoint, of a wrong setting perhaps, left nothing to mix.
+    """
+    path = workdir / "config.json"
+    now = json.loads(config.to_json_best_effort())
+    if in_use and path.exists():
+        before, wanted = (flatten_dict(c, sep=".") for c in (json.loads(path.read_text()), now))
+        changed = [
+            f"{key}: {before.get(key)} -> {wanted.get(key)}"
+            for key in sorted(before.keys() | wanted.keys())
+            # Where the run is says its path; a config alone says where it would be.
+            if before.get(key) != wanted.get(key) and key.split(".")[-1] != "workdir"
+        ]
+        if changed:
+            raise ValueError(
+                f"{workdir} holds a run with other settings; choose another --workdir or delete it."
+                f" Changed: {'; '.join(changed)}"
+            )
+    path.write_text(json.dumps(now, indent=2) + "\n")
+
+
+def claim_origins(workdir: pathlib.Path, config, *, in_use: bool) -> None:
+    """Writes down which models the run starts from; raises as `check_origins`."""
+    before = check_origins(workdir, config) if in_use else {}
+    content = json.dumps({**before, **_origins(config)}, indent=2)
+    (workdir / "origins.json").write_text(content + "\n")
+
+
+def check_origins(workdir: pathlib.Path, config) -> dict[str, str]:
+    """What was written down; ValueError if a model that the run started from has changed since.
+
+    The same path may hold another model by now, retrained with other settings, and a hub's branch
+    may have moved on. Those that are gone are not asked for.
+    """
+    path, now = workdir / "origins.json", _origins(config)
+    before = json.loads(path.read_text()) if path.exists() else {}
+    if changed := [
+        origin for origin, digest in now.items() if before.get(origin, digest) != digest
+    ]:
+        raise ValueError(
+            f"{workdir} was trained from another model at {', '.join(changed)} than the one that"
+            " is there now; choose another --workdir or delete it"
+        )
+    return before
+
+
+def _origins(config) -> dict[str, str]:
+    """{path or hub id: what is there now} of the models that a run starts from."""
+    found = {
+        config.teacher.path: config.teacher,
+        config.init: config.init_version,
+        config.autoencoder.path: config.autoencoder,
+    }
+    return {
+        origin: digest
+        for origin, version in found.items()
+        if origin and (digest := hub.digest(origin, version.revision or None))
+    }

@@ -1,0 +1,122 @@
+"""What a config says of training data: one source or a mix, kept apart from the evaluation."""
+
+import inspect
+
+import numpy as np
+import pytest
+
+from configs import cache, common, d2, stage1, stage2
+from d3epth_jax import data, from_config, sharding, training_data
+from d3epth_jax.data.sources.files import SourceError
+from tests.conftest import write_pairs
+
+
+@pytest.fixture(scope="module")
+def roots(tmp_path_factory):
+    root = tmp_path_factory.mktemp("pairs")
+    return [
+        write_pairs(root / name, 10, height=height, width=width, seed=height)
+        for name, height, width in (("rooms", 32, 48), ("streets", 24, 64))
+    ]
+
+
+def mixture(roots):
+    config = common.training("latent")
+    rooms, streets = (common.folder(str(root), split="train") for root in roots)
+    config.data = common.training_data(rooms, 32, 48)
+    config.data.also.streets = common.other(0.25, streets, 16, 64, crop="kitti", max_depth=4.0)
+    config.data.batch_size = 4
+    config.eval.source = common.folder(str(roots[1]), split="validation")
+    return config
+
+
+def test_a_mix_trains_on_each_source_in_its_own_way(roots):
+    config = mixture(roots)
+    from_config.check(config)
+    sources, validation = training_data.make_sources(config)
+    assert list(sources) == ["main", "streets"] and len(validation) == 2
+    batches = training_data.make_batches(config, sharding.make_mesh(), sources)
+    widths = []
+    for _ in range(8):
+        batch = next(batches)
+        assert batch["image"].shape == (
+            4,
+            *((16, 64) if batch["image"].shape[2] == 64 else (32, 48)),
+            3,
+        )
+        widths.append(batch["image"].shape[2])
+        if widths[-1] == 64:
+            assert 0 < batch["depth"].max() <= 4
+    assert widths.count(64) == 2
+
+
+def test_every_source_of_a_mix_is_kept_apart_from_the_evaluation(roots):
+    config = mixture(roots)
+    config.eval.source.split = ""
+    with pytest.raises(ValueError, match="8 pairs are both trained and evaluated on"):
+        training_data.make_sources(config)
+    config = mixture(roots)
+    config.eval.source.depth_scale = 256.0
+    with pytest.raises(ValueError, match="two ways: depth_scale"):
+        training_data.make_sources(config)
+
+
+def test_problems_of_all_sources_are_told_at_once(roots):
+    config = mixture(roots)
+    config.data.source.path = "/nowhere"
+    config.data.also.streets.source.path = "/nor/here"
+    with pytest.raises(SourceError) as error:
+        training_data.make_sources(config)
+    assert "/nowhere" in str(error.value) and "/nor/here" in str(error.value)
+
+
+def test_settings_that_make_no_sense_are_told_at_once(roots):
+    config = mixture(roots)
+    config.data.crop = "left"
+    config.data.flip = 2.0
+    config.data.also.streets.share = 1.0
+    config.data.also["a/b"] = common.other(0.1, common.procedural(1, 10), 16, 16)
+    config.data.also.main = common.other(0.1, common.folder("DIR"), 16, 16)
+    with pytest.raises(ValueError) as error:
+        from_config.check(config)
+    for words in (
+        "unknown data.crop 'left'",
+        "data.flip is a probability, not 2.0",
+        "data.also.a/b: a name of letters",
+        "rendered scenes are made in whole batches",
+        "'main' is what `data` itself is called",
+        "sum to less than 1",
+    ):
+        assert words in str(error.value), words
+
+
+@pytest.mark.parametrize("word", common.DATA_WORDS)
+@pytest.mark.parametrize("config", [d2, stage1, stage2, cache])
+def test_data_is_a_word_of_every_config(config, word):
+    config = config.get_config(word)
+    training_data.check(config)
+    shares = {"marigold": (0.9, 0.1), "tfds": (1.0,)}[word]
+    np.testing.assert_allclose(training_data.shares(config), shares)
+    settings = [part.source for part in training_data.parts(config).values()]
+    if config.job == "train":
+        settings.append(config.eval.source)
+    for source in settings:
+        # They fit the source's function: none is left over from the default that was replaced.
+        given = {key: value for key, value in source.items() if key != "name"}
+        inspect.signature(data.source_function(source.name)).bind(**given)
+
+
+def test_what_a_student_encodes_itself_is_seen_in_its_settings():
+    config = common.training("latent")
+    config.model.encoder = "teacher"
+    assert not training_data.encodes_itself(config)
+    for key, value in (
+        ("model.encoder", "own"),
+        ("init", "runs/stage1/model"),
+        ("autoencoder.path", "taesd"),
+        ("trainable", ("unet/", "enc")),
+        ("trainable", (".*/layers_0",)),
+    ):
+        changed = config.copy_and_resolve_references()
+        changed.update_from_flattened_dict({key: value})
+        assert training_data.encodes_itself(changed), key
