@@ -2,6 +2,9 @@
 
     python -m d3epth_jax.main --config=configs/d2.py --config.init=stabilityai/stable-diffusion-2 \\
         --config.data.source.path=DIR --config.eval.source.path=DIR
+    python -m d3epth_jax.main --config=configs/d2.py:marigold --config.init=DIR \\
+        --config.data.source.path=HYPERSIM --config.data.also.vkitti2.source.path=VKITTI2 \\
+        --config.eval.source.path=HYPERSIM      # METHOD 9: nine batches to one, each of one set
     python -m d3epth_jax.main --config=configs/d2.py:tiny       # seconds, from scratch, no data
 
 `marigold` after the colon trains on Hypersim and Virtual KITTI 2, nine batches to one (METHOD 9),

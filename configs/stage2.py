@@ -6,7 +6,8 @@
         --config.eval.source.path=DIR                                  # a minute or two on 2 cores
 
 Starts from what configs/stage1.py trained (`init`). `tiny` refines a student of the quickstart's
-shape with the teacher's depth as an additional term, on RGB-D pairs of your own.
+shape with the teacher's depth as an additional term, on RGB-D pairs of your own. `marigold` is
+configs/d2.py's data.
 """
 
 from ml_collections import ConfigDict
