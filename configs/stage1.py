@@ -8,7 +8,8 @@
 The default distils D^2epth into BK-SDM's small UNet (d3_light_small), both with the same frozen
 tiny autoencoder. `tiny` distils the quickstart's teacher, which it trains first where there is
 none, on RGB-D pairs of your own (data/sources/folder.py says in which layouts). `marigold` is
-configs/d2.py's. With --config.teacher.cache=CACHE the teacher's latents are read (configs/cache.py).
+configs/d2.py's. With --config.teacher.cache=CACHE the teacher's latents are read
+(configs/cache.py).
 """
 
 from ml_collections import ConfigDict
