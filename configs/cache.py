@@ -29,7 +29,6 @@ def get_config(argument: str | None = None) -> ConfigDict:
     config.teacher = common.teacher("runs/d2/model")
     config.model = ConfigDict({"dtype": "float32"})  # compute type: | bfloat16
     config.data = common.training_data(common.folder("DIR", split="train"), 480, 640, crop="center")
-    config.data.batch_size = 16
     config.cache = ConfigDict(
         {
             "ensemble": 1,  # members from different noise, merged in pixel space and encoded again
@@ -37,11 +36,8 @@ def get_config(argument: str | None = None) -> ConfigDict:
             "shard_size": 256,  # samples per file: what an interruption costs at most
         }
     )
-    if word == "marigold":
-        config.data = common.marigold_data()
-        config.data.batch_size = 16
-    if word == "tfds":
-        config.data.source = common.tfds("DIR", "train")
+    config.data = common.data_of(word, config.data)
+    config.data.batch_size = 16
     if word == "tiny":
         config.workdir = "runs/cache_tiny"
         tiny = stage1.get_config("tiny")

@@ -52,6 +52,16 @@ def vkitti2(path: str, split: str) -> ConfigDict:
             "path": path,
             "split": split,  # "train" | "validation" | "" for all
             "scenes": (),  # of the split's, only these
+            # Marigold's; there are also fog, rain, 30-deg-left and 30-deg-right.
+            "variations": (
+                "clone",
+                "morning",
+                "overcast",
+                "sunset",
+                "15-deg-left",
+                "15-deg-right",
+            ),
+            "cameras": ("Camera_0", "Camera_1"),
             "filename_list": "",
             "on_error": "raise",
         },
@@ -59,13 +69,13 @@ def vkitti2(path: str, split: str) -> ConfigDict:
     )
 
 
-def tfds(path: str, split: str) -> ConfigDict:
+def tfds(path: str, split: str, dataset: str = "") -> ConfigDict:
     """Any TFDS data set with picture and depth, or what `d3epth data build` wrote."""
     return ConfigDict(
         {
             "name": "tfds",
             "path": path,  # the folder of data sets, TFDS' data_dir
-            "dataset": "",  # its name there
+            "dataset": dataset,  # its name there
             "split": split,
             "image": "image",  # the features' names
             "depth": "depth",
@@ -80,7 +90,7 @@ def evaluation(source: ConfigDict, *, protocol: str = "default") -> ConfigDict:
     return ConfigDict(
         {
             "source": source,
-            "num_images": 0,  # the first so many; 0 all
+            "num_images": 0,  # so many, evenly spread; 0 all
             "protocol": protocol,  # | nyu | kitti | eth3d | scannet | diode | ibims | hypersim
             # What is set here replaces the protocol's own value; depths in metres.
             "min_depth": placeholder(float),  # valid: min < d < max
@@ -254,24 +264,41 @@ def marigold_data() -> ConfigDict:
         max_depth=65.0,
         filters={"min_range": 0.5, "min_contrast": 10, "max_invalid": 0.03},
     )
+    data.num_workers = 8
     data.also.vkitti2 = other(0.1, vkitti2("DIR", "train"), 352, 1216, crop="kitti", max_depth=80.0)
     return data
 
 
-def on_data(config: ConfigDict, word: str) -> ConfigDict:
-    """The config, a training, with the data of one of DATA_WORDS; "" leaves its own."""
-    every = config.eval.every
-    if word == "marigold":  # METHOD 9, with Hypersim's validation scenes to look at
-        config.data = marigold_data()
-        config.eval = evaluation(hypersim("DIR", "validation"), protocol="hypersim")
-        config.eval.update(every=every, num_images=256)
+def data_of(word: str, own: ConfigDict) -> ConfigDict:
+    """The training data of one of DATA_WORDS; "" leaves a config's own."""
     if word == "tfds":
-        config.data.source = tfds("DIR", "train")
+        own.source = tfds("DIR", "train")
+    if not word.startswith("marigold"):
+        return own
+    data = marigold_data()
+    if word == "marigold_built":  # the same, as `d3epth data build` wrote it, filters applied
+        data.source = tfds("DIR", "train", "hypersim")
+        data.also.vkitti2.source = tfds("DIR", "train", "vkitti2")
+    return data
+
+
+def on_data(config: ConfigDict, word: str) -> ConfigDict:
+    """The config, a training, with the data of one of DATA_WORDS, and validation on its kind."""
+    every = config.eval.every
+    config.data = data_of(word, config.data)
+    if word == "tfds":
         config.eval.source = tfds("DIR", "validation")
+    if word.startswith("marigold"):
+        validation = {
+            "marigold": hypersim("DIR", "validation"),
+            "marigold_built": tfds("DIR", "validation", "hypersim"),
+        }[word]
+        config.eval = evaluation(validation, protocol="hypersim")
+        config.eval.update(every=every, num_images=256)
     return config
 
 
-DATA_WORDS = ("marigold", "tfds")
+DATA_WORDS = ("marigold", "marigold_built", "tfds")
 
 
 def version() -> ConfigDict:

@@ -13,7 +13,9 @@ single values can be changed, and then stand in the result's header:
     --config.eval.crop=kitti_garg --config.eval.max_depth=50 --config.eval.alignment=disparity
 
 Another model's predictions are scored from files named after the samples, NAME.npy or a 16-bit
-NAME.png, or from the folder that `d3epth predict` wrote (baselines.SavedPredictions):
+NAME.png, from the folder that `d3epth predict` wrote, or from the one that Marigold's inference
+wrote, as test/kitchen_0004/pred_0001.npy for rgb_0001.png (baselines.SavedPredictions); names are
+relative to eval.source.path, so that has to be the folder that its lists are relative to:
 
     --config.models.student='' --config.predictions.other.path=DIR \\
         --config.predictions.other.space=disparity

@@ -62,8 +62,9 @@ class SavedPredictions:
     """Predictions of anybody's model, one file per sample.
 
     Looked for below `path` by the sample's name: NAME.npy [H,W] or [H,W,1], else NAME.png of 16
-    bits, else NAME_depth.png, as `d3epth predict` calls it. They are resized bilinearly to the
-    ground truth's size, as Marigold resizes its own to the input's.
+    bits, else NAME_depth.png, as `d3epth predict` calls it; or as Marigold's inference calls those
+    of its benchmarks (`stems_of`). They are resized bilinearly to the ground truth's size, as
+    Marigold resizes its own to the input's.
 
     Args:
       path: the folder.
@@ -86,12 +87,13 @@ class SavedPredictions:
         self._scale, self._files, problems = scale, {}, []
         self.sizes: set[tuple[int, int]] = set()
         for name, (others, size) in samples.items():
-            stems = [stem for stem in (name, *others) if files.is_below(stem)]
+            stems = stems_of((name, *others))
             wanted = [Path(path) / f"{s}{end}" for s in stems for end in FILES]
             found = next((file for file in wanted if file.is_file()), None)
             if found is None:
-                looked = ", ".join(f"{Path(path) / name}{end}" for end in FILES)
-                problems.append(f"{name}: no prediction; looked for {looked}")
+                ends = f"each with {', '.join(FILES)}"
+                looked = f"looked for {', '.join(stems)}, {ends}" if stems else "not a path below"
+                problems.append(f"{name}: no prediction; {looked}")
                 continue
             self._files[name] = found
             try:
@@ -120,6 +122,22 @@ class SavedPredictions:
 
 
 FILES = (".npy", ".png", "_depth.png")
+
+
+def stems_of(names: Iterable[str]) -> list[str]:
+    """Paths without suffix at which a prediction may lie: the names, then as Marigold makes them.
+
+    That is pred_X beside X and beside rgb_X, and X_pred beside X_rgb (its DepthFileNameMode).
+    Names that could leave the folder are left out.
+    """
+    names = [name for name in names if files.is_below(name)]
+    stems = list(names)
+    for name in names:
+        folder, slash, stem = name.rpartition("/")
+        stems.append(f"{folder}{slash}pred_{stem.removeprefix('rgb_')}")
+        if stem.endswith("_rgb"):
+            stems.append(f"{folder}{slash}{stem.removesuffix('_rgb')}_pred")
+    return list(dict.fromkeys(stems))
 
 
 def read_prediction(path: Path) -> np.ndarray:

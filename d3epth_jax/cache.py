@@ -1,9 +1,11 @@
 """The cache job: what a teacher gives for every picture and its mirror image, stored (METHOD 7)."""
 
+import contextlib
+import fcntl
 import functools
 import logging
 import pathlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import jax
@@ -28,13 +30,16 @@ from d3epth_jax.weights import files
 log = logging.getLogger(__name__)
 
 FLAGS = latents.FLAGS
+LOCK = "lock"  # its bytes are locked, and never written
 
 
 def run(config, workdir: pathlib.Path) -> None:
     """Fills `workdir`, a folder for each source, and goes on where it was interrupted.
 
-    Raises ValueError where another teacher or other settings filled it, and for latents that do not
-    fit float16; SourceError for what is wrong with the pictures.
+    What is there is verified, and made again where it is damaged. Several hosts share the work.
+
+    Raises ValueError where another teacher or other settings filled it, where another process is at
+    work, and for latents that do not fit float16; SourceError for what is wrong with the pictures.
     """
     check(config)
     train.train_if_absent(config.teacher.path, config.teacher.get("config"))
@@ -43,9 +48,11 @@ def run(config, workdir: pathlib.Path) -> None:
     teacher = from_config.read_teacher(config)
     lessons = make_lessons(config, teacher)
     identity = training_data.teacher_identity(config)
-    for name, part in named.items():
-        fill(workdir / name, sources[name], part, lessons, identity, config)
-    log.info("train on it with --config.teacher.cache=%s", workdir)
+    manifests = {
+        name: fill(workdir / name, sources[name], part, lessons, identity, config)
+        for name, part in named.items()
+    }
+    finish(workdir, manifests)
 
 
 def check(config) -> None:
@@ -149,8 +156,43 @@ def make_lessons(config, teacher: from_config.Start) -> Lessons:
     return Lessons(give, shapes, settings)
 
 
-def fill(folder: pathlib.Path, source, part, lessons: Lessons, teacher: dict, config) -> None:
-    """Computes the shards of one source that are not there yet."""
+def fill(folder: pathlib.Path, source, part, lessons: Lessons, teacher: dict, config) -> dict:
+    """Computes this host's shards of one source that are not there yet; returns the manifest."""
+    sides = 2 if part.flip > 0 else 1
+    path = part.source.get("path")
+    manifest = {
+        "format": latents.FORMAT,
+        "about": {
+            "teacher": config.teacher.path,
+            "source": path and str(pathlib.Path(path).resolve()),
+        },
+        "teacher": teacher,
+        "made": lessons.settings,
+        "data": training_data.described(part),
+        "sides": sides,
+        "names": [source.name(i) for i in range(len(source))],
+        "shard_size": config.cache.shard_size,
+        "shapes": {
+            key: (sides, *shape) for key, shape in lessons.shapes(part.height, part.width).items()
+        },
+    }
+    with claim(folder, manifest) as missing:
+        if missing:
+            make(folder, missing, source, part, lessons, config)
+        else:
+            log.info("%s: nothing to make", folder)
+    return manifest
+
+
+def make(
+    folder: pathlib.Path,
+    missing: Sequence[tuple[str, range]],
+    source,
+    part,
+    lessons: Lessons,
+    config,
+) -> None:
+    """Computes and writes shards, each a file's name and the numbers of its samples."""
     sides, size = 2 if part.flip > 0 else 1, config.data.batch_size
     transforms = loader.standard_transforms(
         (part.height, part.width),
@@ -168,24 +210,7 @@ def fill(folder: pathlib.Path, source, part, lessons: Lessons, teacher: dict, co
         results = [lessons.give(each) for each in (batch, mirrored)[:sides]]
         return {key: np.stack([each[key] for each in results], 1)[:count] for key in results[0]}
 
-    manifest = {
-        "format": latents.FORMAT,
-        "about": {"teacher": config.teacher.path, "source": part.source.get("path")},
-        "teacher": teacher,
-        "made": lessons.settings,
-        "data": training_data.described(part),
-        "sides": sides,
-        "names": [source.name(i) for i in range(len(source))],
-        "shard_size": config.cache.shard_size,
-        "shapes": {
-            key: (sides, *shape) for key, shape in lessons.shapes(part.height, part.width).items()
-        },
-    }
-    missing = claim(folder, manifest)[jax.process_index() :: jax.process_count()]
     indices = [i for _, rows in missing for i in rows]
-    if not indices:
-        log.info("%s is complete: %d samples", folder, len(source))
-        return
     batches = loader.make_loader(
         Chosen(source, indices),
         transforms,
@@ -210,7 +235,7 @@ def fill(folder: pathlib.Path, source, part, lessons: Lessons, teacher: dict, co
             )
             for key in results[0]
         }
-        files.write(folder / name, arrays)
+        latents.write(folder / name, arrays)
 
 
 class Chosen:
@@ -226,11 +251,58 @@ class Chosen:
         return self._source[self._indices[i]]
 
 
-def claim(folder: pathlib.Path, manifest: dict) -> list[tuple[str, range]]:
-    """Writes down what the cache is, and returns its shards that are missing or damaged.
+def mine(manifest: dict) -> dict[int, tuple[str, range]]:
+    """This host's shards by number; which ones depends on nothing that is there already."""
+    numbered = list(enumerate(latents.shards(manifest)))
+    return dict(numbered[jax.process_index() :: jax.process_count()])
 
-    ValueError if another teacher or other settings have begun to fill the folder.
+
+@contextlib.contextmanager
+def claim(folder: pathlib.Path, manifest: dict) -> Iterator[list[tuple[str, range]]]:
+    """Writes down what the cache is, and gives this host's shards that are missing or damaged.
+
+    They are this process's alone until the context is left. Damaged ones are deleted.
+
+    ValueError if another teacher or other settings have begun to fill the folder, or another
+    process is making one of the shards now.
     """
+    own = mine(manifest)
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / LOCK).open("w") as lock:
+        for number in own:
+            # A byte for each shard, so that any numbers of hosts keep apart.
+            try:
+                fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, number)
+            except (BlockingIOError, PermissionError) as error:
+                raise ValueError(
+                    f"{folder}: another process is filling this cache now; wait for it, or choose"
+                    " another --workdir"
+                ) from error
+        require_same(folder, manifest)
+        names = {name for name, _ in own.values()}
+        for partial in folder.glob(".*.partial"):  # of a job that was killed
+            written = partial.name[1:].rsplit(".", 2)[0]
+            # Another host may be at work on the others.
+            if written in names or jax.process_count() == 1:
+                partial.unlink()
+        if not (folder / latents.MANIFEST).is_file():
+            with atomic.replacing(folder / latents.MANIFEST) as partial:
+                files.write_json(partial, manifest)
+        missing = [
+            (name, rows)
+            for name, rows in own.values()
+            if not latents.is_intact(folder / name, rows, manifest)
+        ]
+        damaged = [name for name, _ in missing if (folder / name).is_file()]
+        if damaged:
+            log.warning("%s: damaged, and made again: %s", folder, ", ".join(damaged))
+        for name in damaged:  # so that no reader takes it for a good one
+            (folder / name).unlink()
+        yield missing
+
+
+def require_same(folder: pathlib.Path, manifest: dict) -> None:
+    """ValueError if a folder has a cache that was made otherwise, wherever its pictures lay."""
     before = latents.read_manifest(folder)
     wanted = {key: value for key, value in manifest.items() if key != "about"}
     if before and (changed := latents.differences(before, wanted)):
@@ -239,17 +311,25 @@ def claim(folder: pathlib.Path, manifest: dict) -> list[tuple[str, range]]:
             f"{folder} holds a teacher cache of something else; choose another --workdir or delete"
             f" it. Changed: {told}"
         )
-    folder.mkdir(parents=True, exist_ok=True)
-    for partial in folder.glob(".*.partial"):  # of a job that was killed
-        partial.unlink()
-    if not before:
-        with atomic.replacing(folder / latents.MANIFEST) as partial:
-            files.write_json(partial, manifest)
-    return [
-        (name, rows)
-        for name, rows in latents.shards(manifest)
-        if not latents.is_whole(folder / name, rows, manifest)
-    ]
+
+
+def finish(workdir: pathlib.Path, manifests: dict[str, dict]) -> None:
+    """Says whether the cache is complete; ValueError if it is not and no other host is at work."""
+    missing = []
+    for part, manifest in manifests.items():
+        own = mine(manifest)
+        for number, (name, rows) in enumerate(latents.shards(manifest)):
+            # Its own it has just verified or written.
+            good = latents.is_whole if number in own else latents.is_intact
+            if not good(workdir / part / name, rows, manifest):
+                missing.append(f"{part}/{name}")
+    if not missing:
+        log.info("train on it with --config.teacher.cache=%s", workdir)
+        return
+    told = f"{workdir}: {len(missing)} shards are missing or damaged: {', '.join(missing)}"
+    if jax.process_count() == 1:
+        raise ValueError(f"{told}; run the job again")
+    log.warning("%s; other hosts make them: run the job again if they have stopped", told)
 
 
 def require_float16(arrays: dict[str, np.ndarray], source, start: int) -> None:

@@ -220,8 +220,10 @@ def speed(args: argparse.Namespace) -> int:
 
 
 def _settings(args: argparse.Namespace) -> dict:
-    """The source's arguments from --set; ValueError for one it does not have."""
+    """The source's arguments from --set; ValueError for one it does not have, or without files."""
     known = _arguments(args.source)
+    if "path" not in known:
+        raise ValueError(f"{args.source} makes its samples: it has no folder {args.path} to read")
     settings = {}
     for text in args.set:
         key, equals, value = text.partition("=")

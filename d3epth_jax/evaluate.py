@@ -4,7 +4,7 @@ import logging
 import pathlib
 
 from d3epth_jax import baselines, data
-from d3epth_jax.evaluation import Predictor, batch_size_for, evaluate, name_of
+from d3epth_jax.evaluation import Predictor, batch_size_for, evaluate, name_of, spread
 from d3epth_jax.metrics import EXPONENT
 from d3epth_jax.pipeline import DepthPipeline
 from d3epth_jax.protocols import Protocol, make_protocol
@@ -126,13 +126,12 @@ def make_predictors(config, source) -> dict[str, Predictor]:
 
 def saved_predictions(predictions, source, num_images: int) -> dict[str, Predictor]:
     """Directories of predictions {name: settings path, space, scale} as predictors of a source."""
-    count = min(len(source), num_images or len(source)) if predictions else 0
     samples = {
         name_of(source, i): (
             _picture_stem(source, i),
             source.shape(i) if hasattr(source, "shape") else None,
         )
-        for i in range(count)
+        for i in (spread(len(source), num_images) if predictions else ())
     }
     found, problems = {}, []
     for name, settings in predictions.items():

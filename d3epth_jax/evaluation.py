@@ -162,7 +162,7 @@ def evaluate(
 
     Args:
       source: `__len__`, `__getitem__`, and if it has them `name(i)`, `group(i)` and `shape(i)`.
-      num_images: evaluate the first so many only; None all.
+      num_images: evaluate so many only, evenly spread over the source; None or 0 all.
       batch_size: pictures given to a predictor at once; fewer if they are large.
       num_pictures: rows of the gallery, evenly spread over the images; 0 for none.
       pictured: predictors shown in the galleries, None all.
@@ -171,25 +171,28 @@ def evaluate(
 
     Raises ValueError if there is nothing to evaluate or a predictor's answer is unusable.
     """
-    count = min(len(source), num_images or len(source))
+    evaluated = spread(len(source), num_images)
+    count = len(evaluated)
     if not count or not predictors:
         raise ValueError("nothing to evaluate: no image, or no predictor")
     if count == 1 and any(predictor.shuffled for predictor in predictors.values()):
         raise ValueError("a shuffled predictor needs a second image to be shown instead")
     pictured = [name for name in predictors if pictured is None or name in pictured]
     worst_of = worst_of or next(iter(pictured), next(iter(predictors)))
-    chosen = np.linspace(0, count - 1, num_pictures).round().astype(int)
-    galleries = gallery.Galleries(set(chosen.tolist()), num_worst)
+    galleries = gallery.Galleries(
+        {evaluated[i] for i in (spread(count, num_pictures) if num_pictures else ())}, num_worst
+    )
     rows, sizes, known = [], set(), 0
     progress = Progress(title, count, unit="image")
-    for indices in _batches(source, count, batch_size):
+    done = 0
+    for indices in _batches(source, evaluated, batch_size):
         samples = read_samples(source, indices)
         counted = [protocol.valid(sample["depth"], sample["mask"]) for sample in samples]
         known += sum(bool(pixels.any()) for pixels in counted)
         sizes |= {sample["depth"].shape[:2] for sample in samples}
         kept, errors = [{} for _ in indices], [np.nan for _ in indices]
         for name, predictor in predictors.items():
-            predictions = _predict(name, predictor, source, indices, samples, count)
+            predictions = _predict(name, predictor, source, indices, samples, evaluated)
             for j, index in enumerate(indices):
                 scores, metres = score(
                     predictions[j], samples[j], counted[j], predictor.space, protocol
@@ -205,9 +208,10 @@ def evaluate(
             truth = (samples[j]["image"], samples[j]["depth"], counted[j])
             name = name_of(source, index)
             galleries.add(index, name, errors[j], *map(gallery.thin, truth), kept[j])
-        progress.update(indices[-1] + 1)
+        done += len(indices)
+        progress.update(done)
     pictures, worst = galleries.sheets()
-    header = _header(title, protocol, predictors, count, known, sizes)
+    header = _header(title, protocol, predictors, count, len(source), known, sizes)
     if worst is not None:
         header += f"\n- worst images: by AbsRel of {worst_of}"
     return Results(header, rows, pictures, worst)
@@ -257,13 +261,14 @@ def _predict(
     source,
     indices: Sequence[int],
     samples: Sequence[Mapping[str, np.ndarray]],
-    count: int,
+    evaluated: Sequence[int],
 ) -> np.ndarray:
     """Predictions [N,H,W,1] for a batch, checked; ValueError says what is wrong with them."""
     size = samples[0]["image"].shape[:2]
     shown = list(indices)
     if predictor.shuffled:
-        shown = [(i + count // 2) % count for i in indices]
+        half_way = {i: evaluated[j - len(evaluated) // 2] for j, i in enumerate(evaluated)}
+        shown = [half_way[i] for i in indices]
         samples = read_samples(source, shown)
     images = np.stack([_picture(sample, size) for sample in samples])
     prediction = np.asarray(predictor.predict(images, [name_of(source, i) for i in shown]))
@@ -281,11 +286,14 @@ def _header(
     protocol: Protocol,
     predictors: Mapping[str, Predictor],
     count: int,
+    available: int,
     known: int,
     sizes: set[tuple[int, int]],
 ) -> str:
     """All that is needed to know what the numbers are, and to compare them, in Markdown."""
     images = f"{count} image{'s' * (count != 1)}, {known} with valid pixels"
+    if count < available:
+        images += f", evenly spread over {available}"
     if protocol.num_images == count:
         images += f": as many as the published split has ({protocol.split})"
     elif protocol.num_images:
@@ -332,10 +340,17 @@ def _picture(sample: Mapping[str, np.ndarray], size: tuple[int, int]) -> np.ndar
     return np.clip(np.round(resized), 0, 255).astype(np.uint8)
 
 
-def _batches(source, count: int, batch_size: int) -> Iterator[list[int]]:
+def spread(available: int, wanted: int | None) -> list[int]:
+    """`wanted` indices evenly spread, first and last among them; all for None or 0."""
+    if not wanted or wanted >= available:
+        return list(range(available))
+    return np.linspace(0, available - 1, wanted).round().astype(int).tolist()
+
+
+def _batches(source, evaluated: Sequence[int], batch_size: int) -> Iterator[list[int]]:
     """Runs of successive indices whose pictures have one size, fewer of large ones."""
     batch, size, limit = [], None, batch_size
-    for index in range(count):
+    for index in evaluated:
         this = source.shape(index) if hasattr(source, "shape") else None
         if batch and (this != size or len(batch) == limit):
             yield batch

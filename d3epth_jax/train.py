@@ -9,6 +9,7 @@ import functools
 import logging
 import math
 import pathlib
+import time
 
 import jax
 
@@ -101,19 +102,27 @@ def run(config, workdir: pathlib.Path) -> pathlib.Path:
 
         if start == 0:
             validate(0)
+        waited = worked = 0.0
         with contextlib.closing(writer), profile:
             for step in range(start + 1, total + 1):
                 profile.at(step)
-                batch = sharding.put_batch(next(batches), mesh)
+                asked = time.monotonic()
+                batch = next(batches)
+                waited += time.monotonic() - asked
+                batch = sharding.put_batch(batch, mesh)
                 state, metrics = train_step(state, frozen, batch)
                 if mesh.devices.flat[0].platform == "cpu":
                     # Steps in flight on several CPU devices would compete for XLA's threads.
                     jax.block_until_ready(metrics)
+                worked += time.monotonic() - asked
                 progress.update(step, note=f"AbsRel {_last(scores)}")
                 save = step % config.train.checkpoint_every == 0 or step == total
                 if step % config.train.log_every == 0 or save:
                     values = {name: float(value) for name, value in metrics.items()}
                     values["learning_rate"] = float(schedule(step - 1))
+                    # Share of the time since the last such line that steps waited for data.
+                    values["data_wait"] = waited / worked
+                    waited = worked = 0.0
                     writer.scalars(step, values)
                     require_finite(values, step, checkpoints.latest)
                 if step % config.eval.every == 0 or step == total:

@@ -94,12 +94,11 @@ def make_sources(config) -> tuple[dict, object]:
         raise SourceError(roots, list(problems)) from errors[0]
     validation = made.pop("")
     for name, part in parts(config).items():
-        settings = part.source
-        paths = [_path(made[name], settings), config.eval.source.get("path")]
-        if None not in paths and len({pathlib.Path(path).resolve() for path in paths}) == 1:
-            require_apart(made[name], validation)
-            if settings.name == config.eval.source.name:
-                require_one_reading(settings, config.eval.source)
+        require_apart(made[name], validation)
+        roots = [getattr(source, "root", None) for source in (made[name], validation)]
+        same = None not in roots and roots[0].resolve() == roots[1].resolve()
+        if same and part.source.name == config.eval.source.name:
+            require_one_reading(part.source, config.eval.source)
     return made, validation
 
 
@@ -148,13 +147,6 @@ def teacher_identity(config) -> dict:
     return {"digest": digest, "steps": config.teacher.steps}
 
 
-def _path(source, settings):
-    """Where a source lies; of a cached one the pictures need not be there any more."""
-    if isinstance(source, CachedLatents):
-        return source.manifest["about"]["source"]
-    return settings.get("path")
-
-
 def require_one_reading(training, validation) -> None:
     """Raises ValueError if one folder is read in two ways, with another scale for instance."""
     apart = {
@@ -171,13 +163,41 @@ def require_one_reading(training, validation) -> None:
 
 
 def require_apart(training, validation) -> None:
-    """Raises ValueError if samples of one folder are both trained and evaluated on."""
-    names = [{source.name(i) for i in range(len(source))} for source in (training, validation)]
-    if both := sorted(names[0] & names[1]):
+    """Raises ValueError if a sample is both trained and evaluated on, under whatever name."""
+    # Of a cached source the pictures need not be there any more.
+    origins = _names_in_root if isinstance(training, CachedLatents) else _pictures
+    if both := origins(training) & origins(validation):
+        first = min(both)
         raise ValueError(
-            f"{len(both)} pairs are both trained and evaluated on, {both[0]} the first: give"
-            " data.source and eval.source the splits train and validation, and one hold-out"
+            f"{len(both)} samples are both trained and evaluated on, {' '.join(first)} the first:"
+            " give data.source and eval.source the splits train and validation, and one hold-out"
         )
+
+
+def _names_in_root(source) -> set[tuple[str, ...]]:
+    if isinstance(source, CachedLatents):
+        root = source.manifest["about"]["source"]
+    elif (root := getattr(source, "root", None)) is None:
+        return set()
+    root = str(pathlib.Path(root).resolve())
+    return {(root, source.name(i)) for i in range(len(source))}
+
+
+def _pictures(source) -> set[tuple[str, ...]]:
+    """What each sample of files is read from: its picture, and its name where many share a file."""
+    if not hasattr(source, "files"):
+        return set()
+    folders = {}
+
+    def resolved(path: pathlib.Path) -> str:
+        if path.parent not in folders:
+            folders[path.parent] = path.parent.resolve()
+        return str(folders[path.parent] / path.name)
+
+    pictures = [resolved(pathlib.Path(source.files(i)["image"])) for i in range(len(source))]
+    if len(set(pictures)) == len(pictures):
+        return {(picture,) for picture in pictures}
+    return {(picture, source.name(i)) for i, picture in enumerate(pictures)}
 
 
 def make_batches(config, mesh, sources: Mapping):

@@ -135,6 +135,18 @@ def test_a_list_that_names_nothing_says_where(name, tmp_path):
     ]
     with pytest.raises(SourceError, match="no readable list of names"):
         open_set(name, tmp_path, filename_list=str(tmp_path / "absent.txt"))
+    path.write_text("\n")
+    with pytest.raises(SourceError, match=r"list\.txt: it names no sample"):
+        open_set(name, tmp_path, filename_list=str(path))
+
+
+@every_set
+def test_lines_of_a_list_without_depth_are_passed_over(name, tmp_path):
+    write_both(name, tmp_path)
+    path = tmp_path / "list.txt"
+    path.write_text(f"nowhere/3.png None 721.5377\n{LINES[name]}\n", encoding="utf-8-sig")
+    source = open_set(name, tmp_path, filename_list=str(path))
+    assert [source.name(i) for i in range(len(source))] == [NAMES[name][1]]
 
 
 def test_a_list_sets_the_order_and_names_once(tmp_path):

@@ -272,7 +272,7 @@ def test_kitti_arguments_that_make_no_sense(tmp_path, settings):
 
 
 def test_kitti_unreadable_list(tmp_path):
-    with pytest.raises(SourceError, match=r"absent\.txt: no readable list of frames"):
+    with pytest.raises(SourceError, match=r"absent\.txt: no readable list of names"):
         kitti(tmp_path, eigen_list=tmp_path / "absent.txt")
 
 
@@ -349,7 +349,7 @@ def test_diode_never_unpickles_and_knows_shapes(tmp_path):
     assert source.check(0) == [f"{paths['depth']}: float32 [12, 16, 3], expected numbers [H,W,1]"]
     np.save(paths["depth"], np.ones((*SHAPE, 1), np.float32))
     np.save(paths["mask"], np.ones((12, 15)))
-    assert "mask 15x12" in source.check(0)[0]
+    assert f"but its mask {paths['mask']} 15x12" in source.check(0)[0]
 
 
 # iBims-1
@@ -377,7 +377,8 @@ def test_ibims_mat_that_is_not_what_it_should_be(tmp_path):
     trees.write_ibims_mat(path, plane(), gradient(), without=("edges", "mask_transp"))
     assert source.check(0) == [f"{path}: no mask_transp, edges in a struct called data"]
     trees.write_ibims_mat(path, plane(), gradient((12, 20)))
-    assert "rgb" not in source.check(0)[0] and "image 20x12, depth 16x12" in source.check(0)[0]
+    (problem,) = source.check(0)
+    assert problem.startswith(f"{path}: picture is 20x12 but its depth {path} 16x12, its mask_")
     trees.write_ibims_mat(path, plane(), gradient()[..., 0])
     assert "rgb is uint8 [12, 16], not uint8 [H,W,3]" in source.check(0)[0]
     whole = trees.write_ibims_mat(path, plane(), gradient()).read_bytes()
@@ -389,4 +390,4 @@ def test_ibims_edges_of_another_size(tmp_path):
     paths = trees.write_ibims(tmp_path, "office_02", plane(), gradient())
     Image.new("1", (15, 12)).save(paths["edges"])
     (problem,) = ibims(tmp_path).check(0)
-    assert "edges 15x12" in problem and str(paths["image"]) in problem
+    assert f"edges {paths['edges']} 15x12" in problem and str(paths["image"]) in problem

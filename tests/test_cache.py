@@ -1,8 +1,6 @@
 """The teacher cache: made once, resumed exactly, and to the student the same as its teacher."""
 
 import dataclasses
-import json
-import os
 import pickle
 import subprocess
 import sys
@@ -16,6 +14,7 @@ from configs import cache as cache_config
 from configs import common, quickstart
 from d3epth_jax import cache, ensemble, from_config, inference, sharding, train, training_data
 from d3epth_jax import image as image_lib
+from d3epth_jax.data.sources import latents
 from d3epth_jax.data.sources.files import SourceError
 from d3epth_jax.data.sources.latents import CachedLatents
 from d3epth_jax.metric_writer import read_metrics
@@ -111,7 +110,7 @@ def test_an_interrupted_cache_is_finished_bit_for_bit(
     cached, pairs, teacher, tmp_path, monkeypatch
 ):
     config = caching(pairs, teacher)
-    written, write = [], files.write
+    written, write = [], latents.write
 
     def killed(path, arrays):
         if len(written) == 1:
@@ -121,7 +120,7 @@ def test_an_interrupted_cache_is_finished_bit_for_bit(
         write(path, arrays)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(files, "write", killed)
+        patch.setattr(latents, "write", killed)
         cache.run(config, tmp_path)
     with pytest.raises(SourceError, match=r"unfinished: 2 of 3 shards.*run its job again"):
         CachedLatents(tmp_path / "main", KEYS)
@@ -130,8 +129,97 @@ def test_an_interrupted_cache_is_finished_bit_for_bit(
     cache.run(config, tmp_path)
     assert contents(tmp_path) == contents(cached)
 
-    monkeypatch.setattr(files, "write", lambda *_: pytest.fail("computed again"))
+    monkeypatch.setattr(latents, "write", lambda *_: pytest.fail("computed again"))
     cache.run(config, tmp_path)
+
+
+@pytest.fixture
+def quick(pairs, teacher, monkeypatch):
+    """A job whose teacher gives some of the picture's pixels: no networks to compile."""
+    lessons = cache.Lessons(
+        give=lambda batch: {"rgb_latent": batch["image"][:, ::8, ::8] / np.float32(255)},
+        shapes=lambda height, width: {"rgb_latent": (height // 8, width // 8, 3)},
+        settings={"steps": 1},
+    )
+    monkeypatch.setattr(cache, "make_lessons", lambda *_: lessons)
+    return caching(pairs, teacher)
+
+
+FIRST, SECOND, THIRD = (f"latents-{k:05d}-of-00003.safetensors" for k in range(3))
+
+
+def damage(path):
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+
+
+def test_hosts_share_the_shards_whoever_comes_first(quick, tmp_path, monkeypatch, caplog):
+    caplog.set_level("INFO", "d3epth_jax.cache")
+    cache.run(quick, tmp_path / "one")
+    everything, folder = contents(tmp_path / "one"), tmp_path / "several/main"
+
+    def host(number):
+        caplog.clear()
+        monkeypatch.setattr(jax, "process_index", lambda: number)
+        cache.run(quick, folder.parent)
+        return caplog.text
+
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    folder.mkdir(parents=True)
+    of_another = folder / f".{SECOND}.0123.partial"
+    of_another.write_bytes(b"half")
+    assert f"1 shards are missing or damaged: main/{SECOND};" in host(0)
+    assert "train on" not in caplog.text and of_another.is_file()
+    assert "train on it" in host(1) and contents(folder.parent) == everything
+    damage(folder / SECOND)  # another host has still to make it again
+    assert "train on" not in host(0)
+    assert "train on it" in host(1) and contents(folder.parent) == everything
+
+
+def test_two_processes_do_not_fill_one_folder(quick, tmp_path):
+    cache.run(quick, tmp_path)
+    folder = tmp_path / "main"
+    (folder / THIRD).unlink()
+    code = (
+        "import pathlib, sys; from d3epth_jax import cache; folder = pathlib.Path(sys.argv[1])\n"
+        "with cache.claim(folder, cache.latents.read_manifest(folder)) as missing: print(missing)"
+    )
+    command = [sys.executable, "-c", code, folder]
+    with cache.claim(folder, latents.read_manifest(folder)) as missing:
+        assert missing == [(THIRD, range(8, 10))]
+        at_work = folder / f".{THIRD}.0123.partial"
+        at_work.write_bytes(b"half")
+        other = subprocess.run(command, capture_output=True, text=True)
+        assert "another process is filling this cache now" in other.stderr, other
+        assert at_work.is_file()
+
+
+def test_damaged_shards_are_made_again(quick, tmp_path):
+    cache.run(quick, tmp_path)
+    before, folder = contents(tmp_path), tmp_path / "main"
+    damage(folder / SECOND)
+    arrays = {key: np.array(x) for key, x in files.read(folder / THIRD).items()}
+    files.write(folder / THIRD, arrays)  # without a checksum
+    CachedLatents(folder, ["rgb_latent"])  # to readers they look whole
+    with cache.claim(folder, latents.read_manifest(folder)) as missing:
+        assert [name for name, _ in missing] == [SECOND, THIRD]
+        assert not (folder / SECOND).exists()  # or a reader would take it for a good one
+    cache.run(quick, tmp_path)
+    assert contents(tmp_path) == before
+
+
+def test_a_cache_without_all_its_shards_is_an_error(quick, tmp_path, monkeypatch):
+    monkeypatch.setattr(latents, "write", lambda *_: None)
+    with pytest.raises(ValueError, match=f"3 shards are missing or damaged: main/{FIRST}"):
+        cache.run(quick, tmp_path)
+
+
+def test_a_cache_says_where_its_pictures_lay_from_everywhere(quick, pairs, tmp_path, monkeypatch):
+    monkeypatch.chdir(pairs)
+    quick.data.source.path = "."
+    cache.run(quick, tmp_path)
+    assert latents.read_manifest(tmp_path / "main")["about"]["source"] == str(pairs.resolve())
 
 
 @pytest.mark.parametrize("change,message", [
@@ -189,7 +277,7 @@ def test_cached_pairs_are_kept_apart_from_the_evaluation(cached, pairs, teacher)
     config = training(pairs, teacher, cached)
     config.eval.source.split = ""
     config.data.source.path = "not there any more"
-    with pytest.raises(ValueError, match="10 pairs are both trained and evaluated on"):
+    with pytest.raises(ValueError, match="10 samples are both trained and evaluated on"):
         training_data.make_sources(config)
 
 
@@ -357,10 +445,6 @@ def test_wrong_settings_of_the_job_are_told_together(pairs, teacher):
 
 @pytest.mark.slow
 def test_training_from_the_cache_is_faster():
-    """`python -m tests.cache_speed`, in a process of its own: here programs are not optimised."""
-    environment = {key: value for key, value in os.environ.items() if key != "XLA_FLAGS"}
-    command = [sys.executable, "-m", "tests.cache_speed", "3"]
-    result = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
-    ratios = json.loads(result.stdout)
+    ratios = cache_speed.in_its_own_process(rounds=3)
     slow = {name: ratio for name, ratio in ratios.items() if ratio < cache_speed.RATIOS[name][2]}
     assert not slow, ratios

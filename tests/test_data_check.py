@@ -9,6 +9,7 @@ from PIL import Image
 
 from d3epth_jax import cli, data
 from d3epth_jax.data import build as building
+from d3epth_jax.data import check as checking
 from d3epth_jax.image import save_png
 from tests.conftest import write_pairs
 
@@ -144,6 +145,37 @@ def test_a_wrong_unit_in_a_built_set_is_found(pairs, check, tmp_path):
     build(pairs, tmp_path / "out")
     code, out, _ = check("tfds:small", tmp_path / "out", "--set", "depth_scale=1000")
     assert code == 1 and out.count("depth_scale 1000 is probably wrong") == 7
+
+
+def test_a_sources_own_least_number_of_pixels_counts(pairs, check, tmp_path):
+    build(pairs, tmp_path / "out")
+    code, out, _ = check("tfds:small", tmp_path / "out", "--set", "min_valid=1500")
+    assert code == 1 and out.count("valid pixel(s), 1500 are needed") == 3, out
+    few = np.zeros((32, 48), np.uint16)
+    few[0, :3] = 2000
+    save_png(pairs / "kitchen" / "depth" / "000.png", few)
+    assert check("folder", pairs, "--set", "min_valid=3")[0] == 0
+    assert "3 valid pixel(s), 4 are needed" in check("folder", pairs, "--set", "min_valid=4")[1]
+
+
+def test_every_sample_is_decoded_once(pairs):
+    source = data.make_source("folder", path=pairs, depth_scale=1000.0)
+    save_png(pairs / "kitchen" / "depth" / "000.png", np.zeros((32, 48), np.uint16))
+    read, decode = [], source._read
+    source._read = lambda item: read.append(item.name) or decode(item)
+    findings = checking.inspect_all(source)
+    assert sorted(read) == sorted(finding.name for finding in findings)
+    assert [f.name for f in findings if f.problems] == ["kitchen/000"]
+
+
+@pytest.mark.parametrize(
+    "command", [["check"], ["build", "--out", "{}/built"], ["speed", "--seconds", "0.1"]]
+)
+def test_a_source_without_files_is_refused(command, tmp_path, capsys):
+    name, *more = (part.format(tmp_path) for part in command)
+    assert cli.main(["data", name, "procedural", str(tmp_path), *more]) == 2
+    assert "procedural makes its samples: it has no folder" in capsys.readouterr().err
+    assert not (tmp_path / "built").exists()
 
 
 def test_a_whole_set_in_another_unit_is_found(pairs, check):

@@ -128,6 +128,37 @@ def test_all_unusable_predictions_are_told_before_any_is_scored(pairs, tmp_path)
         saved_predictions(settings, pairs, 2)  # the first two images only
 
 
+@pytest.mark.parametrize(
+    ("picture", "prediction"),
+    [
+        ("test/kitchen_0004/rgb_0001", "test/kitchen_0004/pred_0001"),  # NYU
+        ("ai_003_010/rgb_cam_00_fr0047", "ai_003_010/pred_cam_00_fr0047"),  # Hypersim
+        ("rgb/office/images/dslr_images/DSC_0219", "rgb/office/images/dslr_images/pred_DSC_0219"),
+        ("a/i_d_1_rgb", "a/i_d_1_pred"),
+        ("rgb_7", "pred_7"),
+    ],
+)
+def test_predictions_of_marigolds_inference_are_found(picture, prediction, tmp_path):
+    path = tmp_path / f"{prediction}.npy"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    np.save(path, np.full((32, 48), 3.0))
+    saved = baselines.SavedPredictions(tmp_path, {"name": ([picture], (32, 48))})
+    assert (saved(np.zeros((1, 32, 48, 3), np.uint8), ["name"]) == 3).all()
+    path.rename(path.with_name("other.npy"))
+    with pytest.raises(ValueError) as error:
+        baselines.SavedPredictions(tmp_path, {"name": ([picture], (32, 48))})
+    told = str(error.value)
+    for words in (
+        "name",
+        picture,
+        prediction,
+        "pred_name",
+        ".npy, .png, _depth.png",
+        str(tmp_path),
+    ):
+        assert words in told
+
+
 def test_missing_files_are_counted_and_none_is_looked_for_outside_the_folder(tmp_path):
     np.save(tmp_path / "outside.npy", np.ones((32, 48)))
     many = {f"{i}": ((), None) for i in range(300)}

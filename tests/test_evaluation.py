@@ -382,3 +382,9 @@ def test_ramp_and_constant_on_the_real_pictures_score_as_published(shared):
             assert abs(results.mean(name, group=group) - score) < 6e-4, (group, name)
     assert abs(results.mean_over_groups("ramp") - 0.270) < 6e-4
     assert abs(results.mean_over_groups("constant") - 0.432) < 6e-4
+
+
+def test_fewer_images_are_spread_over_the_source():
+    results = evaluate({"ramp": Predictor(baselines.ramp)}, Samples(9), num_images=3)
+    assert [row["image"] for row in results.rows] == ["000000", "000004", "000008"]
+    assert "3 images, 3 with valid pixels, evenly spread over 9" in results.protocol

@@ -205,6 +205,9 @@ def test_split_and_list(tmp_path):
     (tmp_path / "list.txt").write_text("b/3\nb/9\n")
     with pytest.raises(SourceError, match="no sample is called 'b/9'"):
         names(filename_list=tmp_path / "list.txt")
+    (tmp_path / "list.txt").write_bytes("b/3\nK\u00fcche\n".encode("latin-1"))
+    with pytest.raises(SourceError, match=r"list\.txt: no readable list of names in UTF-8"):
+        names(filename_list=tmp_path / "list.txt")
 
     # A damaged pair moves no other from one side of the split to the other.
     write_pair(tmp_path, "a", "1", depth=0)

@@ -354,17 +354,15 @@ def test_all_that_ails_a_frame_is_told_at_once(one):
         file.create_dataset("other", data=np.ones(SHAPE, np.int16))
     problems = hypersim(root).check(0)
     assert len(problems) == 3
-    assert "render_entity_id.hdf5: unreadable" in problems[0] and "dataset" in problems[0]
-    assert "color.hdf5: float16 [6, 8, 4], expected [H, W, 3]" in problems[1]
-    assert "depth_meters.hdf5: float16 [8], expected [H, W]" in problems[2]
+    assert "render_entity_id.hdf5: unreadable" in problems[2] and "dataset" in problems[2]
+    assert "color.hdf5: float16 [6, 8, 4], expected [H, W, 3]" in problems[0]
+    assert "depth_meters.hdf5: float16 [8], expected [H, W]" in problems[1]
 
 
 def test_files_of_another_frame_size_are_found(one):
     root, paths = one
     write_hdf5(paths["depth"], np.ones((3, 4), np.float16))
-    with pytest.raises(
-        ValueError, match=r"differ in size: .*id\.hdf5 8x6, .*depth_meters\.hdf5 4x3"
-    ):
+    with pytest.raises(ValueError, match=r"picture is 8x6 but its depth .*depth_meters\.hdf5 4x3"):
         hypersim(root)[0]
 
 
@@ -433,9 +431,18 @@ def test_marigolds_missing_files_are_in_one_error(processed):
 
 
 @pytest.mark.parametrize("layout", ["raw", "processed"])
+@pytest.mark.parametrize("start", ["", "val/"])
+def test_marigolds_lists_name_frames_of_both_layouts(layout, start, request, tmp_path):
+    root, path = request.getfixturevalue(layout), tmp_path / "list.txt"
+    line = "{0}ai_003_010/rgb_cam_00_fr0007.png {0}ai_003_010/depth_plane_cam_00_fr0007.png"
+    path.write_text(line.format(start))
+    source = hypersim(root, split="validation", filename_list=path)
+    assert names(source) == ["ai_003_010/cam_00/0007"]
+
+
+@pytest.mark.parametrize("layout", ["raw", "processed"])
 def test_workers_can_unpickle_the_source(layout, request):
     source = make_source("hypersim", path=str(request.getfixturevalue(layout)), split="train")
     copy = pickle.loads(pickle.dumps(source))
-    for key, value in source[1].items():
-        np.testing.assert_array_equal(copy[1][key], value)
+    np.testing.assert_equal(copy[1], source[1])
     assert [copy.check(i) for i in range(len(copy))] == [[], []]

@@ -53,7 +53,7 @@ def test_a_mix_trains_on_each_source_in_its_own_way(roots):
 def test_every_source_of_a_mix_is_kept_apart_from_the_evaluation(roots):
     config = mixture(roots)
     config.eval.source.split = ""
-    with pytest.raises(ValueError, match="8 pairs are both trained and evaluated on"):
+    with pytest.raises(ValueError, match="8 samples are both trained and evaluated on"):
         training_data.make_sources(config)
     config = mixture(roots)
     config.eval.source.depth_scale = 256.0
@@ -95,7 +95,7 @@ def test_settings_that_make_no_sense_are_told_at_once(roots):
 def test_data_is_a_word_of_every_config(config, word):
     config = config.get_config(word)
     training_data.check(config)
-    shares = {"marigold": (0.9, 0.1), "tfds": (1.0,)}[word]
+    shares = {"tfds": (1.0,)}.get(word, (0.9, 0.1))
     np.testing.assert_allclose(training_data.shares(config), shares)
     settings = [part.source for part in training_data.parts(config).values()]
     if config.job == "train":
@@ -120,3 +120,15 @@ def test_what_a_student_encodes_itself_is_seen_in_its_settings():
         changed = config.copy_and_resolve_references()
         changed.update_from_flattened_dict({key: value})
         assert training_data.encodes_itself(changed), key
+
+
+def test_a_picture_is_not_evaluated_on_through_another_folder(tmp_path):
+    write_pairs(tmp_path / "all/kitchen", 4)
+    write_pairs(tmp_path / "all/office", 4)
+    whole = data.make_source("folder", path=tmp_path / "all", depth_scale=1000.0)
+    (tmp_path / "link").symlink_to(tmp_path / "all/kitchen")
+    part = data.make_source("folder", path=tmp_path / "link", depth_scale=1000.0)
+    other = data.make_source("folder", path=tmp_path / "all/office", depth_scale=1000.0)
+    with pytest.raises(ValueError, match=r"4 samples are both .*kitchen/rgb/000.png the first"):
+        training_data.require_apart(whole, part)
+    training_data.require_apart(part, other)  # names alike, pictures not

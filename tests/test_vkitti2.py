@@ -8,6 +8,7 @@ import pytest
 from PIL import Image
 
 from d3epth_jax.data import make_source
+from d3epth_jax.data.sources import vkitti2 as module
 from d3epth_jax.data.sources.files import SourceError
 from d3epth_jax.data.sources.vkitti2 import FRAMES, vkitti2
 
@@ -135,6 +136,29 @@ def test_unknown_names_are_refused_with_the_known_ones(written, settings, words)
         vkitti2(written, **settings)
 
 
+@pytest.mark.parametrize("start", ["rgb/", ""])
+@pytest.mark.parametrize("folders", [("", ""), ("rgb", "depth")])
+def test_marigolds_lists_name_frames_of_any_layout(written, tmp_path, start, folders):
+    root = written
+    if any(folders):
+        root = tmp_path / "parted"
+        root.mkdir()
+        for folder in folders:
+            (root / folder).symlink_to(written, target_is_directory=True)
+    line = "{}Scene02/clone/frames/rgb/Camera_0/rgb_00009.jpg depth/Scene02/depth_00009.png\n"
+    path = tmp_path / "vkitti_train.txt"
+    path.write_text(line.format(start))
+    source = vkitti2(root, filename_list=str(path))
+    assert [source.name(i) for i in range(len(source))] == ["Scene02/clone/Camera_0/00009"]
+
+
+def test_the_config_has_the_sources_frames():
+    from configs import common
+
+    settings = common.vkitti2("DIR", "train")
+    assert settings.variations == module.VARIATIONS and settings.cameras == module.CAMERAS
+
+
 def test_filename_list_narrows_and_orders(tree, tmp_path):
     root, pictures, _ = tree
     wanted = ["Scene02/clone/Camera_0/00009", "Scene02/clone/Camera_0/00003"]
@@ -194,7 +218,7 @@ def test_damaged_files_are_named(tree):
     words = ["rgb_00001.jpg", "depth_00002.png", "not 16-bit", "picture is 8x6", "no valid pixel"]
     for i, word in enumerate(words, start=1):
         problems = source.check(i)
-        assert len(problems) == (2 if i == 4 else 1) and word in problems[0], problems
+        assert len(problems) == 1 and word in problems[0], problems
     assert source.check(0) == []
     with pytest.raises(ValueError, match=r"picture is 8x6 but its depth .*depth_00004\.png 4x3"):
         source[4]

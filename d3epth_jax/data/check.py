@@ -9,7 +9,6 @@ import numpy as np
 
 from d3epth_jax.data import manifest
 from d3epth_jax.data.filters import rejection
-from d3epth_jax.data.sources import files
 
 SET_MEDIAN = (0.1, 150.0)  # metres, of all samples' medians; rooms have 2 to 4, streets 10 to 30
 OUTLIER = 50.0  # times the set's median, or a fiftieth: further off than scenes are apart
@@ -32,20 +31,18 @@ class Finding:
 
 
 def inspect(source, i: int, filters: Mapping[str, float]) -> Finding:
-    """Sample i. What `source.check` would say of it is asked only where something is amiss."""
+    """Sample i, decoded once."""
     name, group = source.name(i), source.group(i)
     try:
         sample = source[i]
     except (OSError, ValueError) as error:
-        return Finding(name, group, tuple(source.check(i) or str(error).splitlines()))
-    item = files.Item(name, group, source.files(i))
-    suspect = files.implausible(sample, item, min_valid=16)
+        return Finding(name, group, tuple(str(error).splitlines()))
     known = sample["depth"][sample["mask"]]
     quantiles = np.quantile(known, (0.02, 0.5, 0.98)) if known.size else (float("nan"),) * 3
     return Finding(
         name,
         group,
-        tuple(source.check(i) if suspect else ()),
+        tuple(source.judge(i, sample)),
         sample["image"].shape[:2],
         tuple(float(value) for value in quantiles),
         known.size / sample["mask"].size,

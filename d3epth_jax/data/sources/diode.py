@@ -16,7 +16,7 @@ import numpy as np
 
 from d3epth_jax import image as image_lib
 from d3epth_jax.data.sources import files
-from d3epth_jax.data.sources.benchmarks import narrow, read_files, stems
+from d3epth_jax.data.sources.benchmarks import stems
 from d3epth_jax.data.sources.files import FileSource, Item
 
 DOMAINS = ("indoors", "outdoor")
@@ -40,15 +40,23 @@ def diode(
         raise ValueError(f"split must be 'val' or 'train', got {split!r}")
     root = files.require_folder(path)
     folder = root if any((root / domain).is_dir() for domain in DOMAINS) else root / split
-    items, problems = narrow(_items(folder), filename_list, _name_of)
-    if not items and not problems:
+    items, problems = _items(folder), []
+    if not items:
         problems.append(f"no {{indoors,outdoor}}/scene_*/scan_*/NAME.png in {folder}")
-    return FileSource(root, items, read, problems=problems, on_error=on_error)
+    return FileSource(
+        root,
+        items,
+        read,
+        filename_list=filename_list,
+        name_of=_name_of,
+        problems=problems,
+        on_error=on_error,
+    )
 
 
 def read(item: Item) -> files.Sample:
     """A picture; ValueError with all that is wrong with its files, by name."""
-    parts = read_files(item, {"image": image_lib.load, "depth": read_npy, "mask": read_npy})
+    parts = files.gather(item, {"image": image_lib.load, "depth": read_npy, "mask": read_npy})
     return files.as_sample(parts["image"], parts["depth"], parts["mask"] > 0)
 
 

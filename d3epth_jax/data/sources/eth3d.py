@@ -19,7 +19,7 @@ from PIL import Image
 
 from d3epth_jax import image as image_lib
 from d3epth_jax.data.sources import files
-from d3epth_jax.data.sources.benchmarks import narrow, stems
+from d3epth_jax.data.sources.benchmarks import stems
 from d3epth_jax.data.sources.files import FileSource, Item
 
 PICTURES, DEPTHS = "images/dslr_images", "ground_truth_depth/dslr_images"
@@ -38,11 +38,19 @@ def eth3d(path, *, filename_list: str = "", on_error: str = "raise") -> FileSour
     depth is stored so too. Raises SourceError.
     """
     root = files.require_folder(path)
-    items = _items(root)
-    items, problems = narrow(items, filename_list, _name_of)
-    if not items and not problems:
+    items, problems = _items(root), []
+    if not items:
         problems.append(f"no {PICTURES}/NAME.JPG in it, in its scenes or in rgb/SCENE")
-    return FileSource(root, items, read, shape=shape, problems=problems, on_error=on_error)
+    return FileSource(
+        root,
+        items,
+        read,
+        shape=shape,
+        filename_list=filename_list,
+        name_of=_name_of,
+        problems=problems,
+        on_error=on_error,
+    )
 
 
 def read(item: Item) -> files.Sample:

@@ -68,7 +68,9 @@ class FileSource:
         saying what is wrong with which file. 0 is the depth where the mask is False.
       shape: (H, W) of every sample, or item -> (H, W) without reading all of it; None: the
         picture's.
-      filename_list: text file of item names, one a line: only these, in its order.
+      filename_list: text file of item names or of lines as in published lists: only these, in its
+        order (`choose`).
+      name_of: a picture's path in a published list -> item name, None if it is no such path.
       problems: what was found wrong while the items were listed.
       min_valid: a depth map with fewer known pixels is a problem.
       check: "names" looks whether the files exist, "content" also decodes every sample (`check`).
@@ -86,6 +88,7 @@ class FileSource:
         *,
         shape: tuple[int, int] | Callable[[Item], tuple[int, int]] | None = None,
         filename_list: str = "",
+        name_of: Callable[[str], str | None] | None = None,
         problems: Sequence[str] = (),
         min_valid: int = 16,
         check: str = "names",
@@ -101,8 +104,8 @@ class FileSource:
         self._read, self._shape, self._min_valid = read, shape, min_valid
         items, repeated = _unique(items)
         problems = [*problems, *repeated]
-        if filename_list:
-            items, unknown = choose(items, filename_list)
+        if filename_list and items:
+            items, unknown = choose(items, filename_list, name_of)
             problems += unknown
         if not items and not problems:
             problems.append("no sample found in it")
@@ -127,12 +130,8 @@ class FileSource:
     def __getitem__(self, i) -> Sample:
         item = self._items[i]
         sample = self._read(item)
-        if sample["image"].shape[:2] != sample["depth"].shape[:2]:
-            sizes = [f"{s.shape[1]}x{s.shape[0]}" for s in (sample["image"], sample["depth"])]
-            raise ValueError(
-                f"{item.files['image']}: picture is {sizes[0]} but its depth"
-                f" {item.files['depth']} {sizes[1]}"
-            )
+        if different := unequal(item.files, {k: sample[k] for k in ("image", "depth")}):
+            raise ValueError(different)
         return sample
 
     def name(self, i) -> str:
@@ -157,6 +156,10 @@ class FileSource:
         """What is wrong with the sample's content; it is read in full: damage hides in the body."""
         return self._problems(self._items[i])
 
+    def judge(self, i, sample: Sample) -> list[str]:
+        """What is wrong with the content of sample i, once read: `check` without reading."""
+        return implausible(sample, self._items[i], self._min_valid)
+
     def _problems(self, item: Item) -> list[str]:
         if missing := _missing(item):
             return missing
@@ -168,15 +171,15 @@ class FileSource:
 
 def implausible(sample: Sample, item: Item, min_valid: int) -> list[str]:
     """What a sample that could be read still shows to be wrong."""
-    picture, where = item.files["image"], item.files["depth"]
-    problems = []
-    sizes = [f"{a.shape[1]}x{a.shape[0]}" for a in (sample["image"], sample["depth"])]
-    if sizes[0] != sizes[1]:
-        problems.append(f"{picture}: picture is {sizes[0]} but its depth {where} {sizes[1]}")
+    where = item.files["depth"]
+    different = unequal(item.files, {kind: sample[kind] for kind in ("image", "depth")})
+    problems = [different] if different else []
+    record = item.settings.get("record")
+    told = where if record is None else f"{where}, record {record}"
     known = sample["depth"][sample["mask"]]
     if known.size < max(min_valid, 1):
         problems.append(
-            f"{where}: {known.size or 'no'} valid pixel(s), {max(min_valid, 1)} are needed"
+            f"{told}: {known.size or 'no'} valid pixel(s), {max(min_valid, 1)} are needed"
         )
     elif not PLAUSIBLE_MEDIAN[0] <= (median := float(np.median(known))) <= PLAUSIBLE_MEDIAN[1]:
         unit = "its unit is probably another"
@@ -184,21 +187,34 @@ def implausible(sample: Sample, item: Item, min_valid: int) -> list[str]:
             unit = "the .npy is probably not in metres"
         elif "depth_scale" in item.settings:
             unit = f"depth_scale {item.settings['depth_scale']:g} is probably wrong"
-        problems.append(f"{where}: median depth {median:g} m is implausible; {unit}")
+        problems.append(f"{told}: median depth {median:g} m is implausible; {unit}")
     return problems
 
 
-def gather(*readers: Callable[[], Any]) -> list:
-    """What all readers return; whatever is wrong with any of their files in one ValueError."""
-    results, problems = [], []
-    for reader in readers:
+def gather(item: Item, readers: Mapping[str, Callable[[Path], np.ndarray]]) -> dict:
+    """{kind: what its reader makes of the item's file}, all of the picture's height and width.
+
+    Raises ValueError with everything that is wrong with any of the files.
+    """
+    arrays, problems = {}, []
+    for kind, reader in readers.items():
         try:
-            results.append(reader())
+            arrays[kind] = reader(item.files[kind])
         except (OSError, ValueError) as error:
             problems.append(str(error))
+    if not problems and (different := unequal(item.files, arrays)):
+        problems.append(different)
     if problems:
         raise ValueError("\n".join(problems))
-    return results
+    return arrays
+
+
+def unequal(paths: Mapping[str, Path], arrays: Mapping[str, np.ndarray]) -> str:
+    """What to say of arrays that have not the height and width of "image"; "" if all have."""
+    sizes = {kind: f"{array.shape[1]}x{array.shape[0]}" for kind, array in arrays.items()}
+    size = sizes["image"]
+    others = [f"its {kind} {paths[kind]} {s}" for kind, s in sizes.items() if s != size]
+    return f"{paths['image']}: picture is {size} but {', '.join(others)}" if others else ""
 
 
 def read_png_depth(path: Path, depth_scale: float) -> np.ndarray:
@@ -279,13 +295,41 @@ def _unique(items: Iterable[Item]) -> tuple[list[Item], list[str]]:
     return list(by_name.values()), problems
 
 
-def choose(items: list[Item], filename_list) -> tuple[list[Item], list[str]]:
-    """The items a list names, in its order, and the names it gives in vain."""
+def choose(
+    items: list[Item], filename_list, name_of: Callable[[str], str | None] | None = None
+) -> tuple[list[Item], list[str]]:
+    """The items a list names, in its order and once each, and what it names in vain.
+
+    A line is an item's name, or with `name_of` the path of its picture and what else the published
+    lists have ("rgb depth ..."). Such a line whose depth is "None", as in KITTI's, is passed over.
+    """
     try:
-        lines = Path(filename_list).read_text(encoding="utf-8").splitlines()
-    except OSError as error:
-        return [], [f"{filename_list}: no readable list of names: {error.strerror}"]
-    names = list(dict.fromkeys(name for line in lines if (name := line.strip())))
-    by_name = {item.name: item for item in items}
-    problems = [f"{filename_list}: no sample is called {n!r}" for n in names if n not in by_name]
-    return [by_name[name] for name in names if name in by_name], problems
+        lines = numbered_lines(filename_list)
+    except ValueError as error:
+        return [], [str(error)]
+    known = {item.name: item for item in items}
+    chosen, problems = {}, []
+    for number, line in lines:
+        name = wanted = line
+        if name_of and line not in known:
+            wanted, *others = line.split()
+            if others[:1] == ["None"]:
+                continue
+            name = wanted if wanted in known else name_of(wanted)
+        if name in known:
+            chosen[name] = known[name]
+        else:
+            problems.append(f"{filename_list}, line {number}: no sample is called {wanted!r}")
+    if not chosen and not problems:
+        problems.append(f"{filename_list}: it names no sample")
+    return list(chosen.values()), problems
+
+
+def numbered_lines(path) -> list[tuple[int, str]]:
+    """(number, stripped line) of a text file's lines that are not empty; ValueError names it."""
+    try:
+        text = Path(path).read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: no readable list of names in UTF-8: {error}") from error
+    lines = enumerate(text.splitlines(), start=1)
+    return [(number, line.strip()) for number, line in lines if line.strip()]

@@ -83,11 +83,8 @@ def folder(
 
 def read(item: Item) -> files.Sample:
     """The pair, whatever is wrong with either file told in one ValueError."""
-    parts = files.gather(
-        functools.partial(image_lib.load, item.files["image"]),
-        functools.partial(read_depth, item.files["depth"], item.settings["depth_scale"]),
-    )
-    return files.as_sample(*parts)
+    depth = functools.partial(read_depth, depth_scale=item.settings["depth_scale"])
+    return files.as_sample(**files.gather(item, {"image": image_lib.load, "depth": depth}))
 
 
 def read_depth(path, depth_scale: float | None = None) -> np.ndarray:

@@ -20,18 +20,17 @@ again at 0, which nothing in the file shows. The release has no such fault.
 Pinhole camera for all scenes, as Marigold takes it; a few were rendered with a shifted lens.
 """
 
-import contextlib
 import csv
 import functools
 import re
 from pathlib import Path
 
-import h5py
 import numpy as np
 
 from d3epth_jax import image as image_lib
 from d3epth_jax.data.sources import files
 from d3epth_jax.data.sources.files import FileSource, Item, SourceError
+from d3epth_jax.data.sources.hdf5 import open_hdf5
 
 FOCAL_LENGTH, WIDTH = 886.81, 1024  # pixels; another width scales the focal length
 SPLITS = {"train": "train", "validation": "val", "test": "test"}  # ours: its own name
@@ -52,6 +51,7 @@ COLOURS = {
     "tone_mapped": "final_hdf5/frame.{:04d}.color.hdf5",
     "preview": "final_preview/frame.{:04d}.tonemap.jpg",
 }
+DATASET = "dataset"  # the one of each file
 DISTANCE = "geometry_hdf5/frame.{:04d}.depth_meters.hdf5"
 ENTITIES = "geometry_hdf5/frame.{:04d}.render_entity_id.hdf5"
 
@@ -77,7 +77,9 @@ def hypersim(
         scenes; "" for all of them, in the second layout all whose filename_meta CSV is there.
       colour: "tone_mapped" from the HDR colours (`tone_map`), or "preview", the JPEG its authors
         made of them by the same rule; a download can then leave out color.hdf5.
-      filename_list, on_error: as FileSource.
+      filename_list: names, or lines as in Marigold's filename_list_val_filtered.txt, for either
+        layout ("ai_003_010/rgb_cam_00_fr0047.png ...", with or without SPLIT/ before).
+      on_error: as FileSource.
 
     Depth is z in metres, as rendered: no far plane. Invalid: no object, not finite, not positive.
     Raises SourceError; ValueError for arguments that make no sense.
@@ -101,6 +103,7 @@ def hypersim(
         read,
         shape=shape,
         filename_list=filename_list,
+        name_of=_name_of,
         problems=problems,
         on_error=on_error,
     )
@@ -108,25 +111,9 @@ def hypersim(
 
 def read_raw(item: Item) -> files.Sample:
     """A frame of the release; whatever is wrong with its files is told in one ValueError."""
-    arrays, problems = {}, []
-    for kind, path in item.files.items():
-        try:
-            arrays[kind] = read_hdf5(path) if path.suffix == ".hdf5" else image_lib.load(path)
-        except (OSError, ValueError) as error:
-            problems.append(str(error))
-    for kind, array in arrays.items():
-        channels = (3,) if kind == "image" else ()
-        if array.ndim < 2 or array.shape[2:] != channels or array.dtype.kind not in "fiu":
-            expected = ", ".join(["H", "W", *map(str, channels)])
-            problems.append(
-                f"{item.files[kind]}: {array.dtype} {list(array.shape)}, expected [{expected}]"
-            )
-    if problems:
-        raise ValueError("\n".join(problems))
-    sizes = {array.shape[1::-1]: item.files[kind].name for kind, array in arrays.items()}
-    if len(sizes) > 1:
-        listed = ", ".join(f"{name} {width}x{height}" for (width, height), name in sizes.items())
-        raise ValueError(f"{item.files['image']}: the frame's files differ in size: {listed}")
+    arrays = files.gather(
+        item, {"image": read_colour, "depth": read_map, "render_entity_id": read_map}
+    )
     known = arrays["render_entity_id"] != -1
     image = arrays["image"]
     if image.dtype != np.uint8:
@@ -137,36 +124,32 @@ def read_raw(item: Item) -> files.Sample:
 
 def raw_shape(item: Item) -> tuple[int, int]:
     """(H, W) from the header of the frame's distances; raises as `open_hdf5`."""
-    with open_hdf5(item.files["depth"]) as dataset:
-        return dataset.shape[:2]
+    with open_hdf5(item.files["depth"]) as file:
+        return file[DATASET].shape[:2]
 
 
 def read_png(item: Item) -> files.Sample:
     """A frame of Marigold's layout."""
-    return files.as_sample(
-        *files.gather(
-            functools.partial(image_lib.load, item.files["image"]),
-            functools.partial(files.read_png_depth, item.files["depth"], 1000.0),
-        )
-    )
+    return files.as_sample(**files.gather(item, {"image": image_lib.load, "depth": read_depth}))
 
 
-def read_hdf5(path: Path) -> np.ndarray:
-    """The array in one of Hypersim's files; raises as `open_hdf5`."""
-    with open_hdf5(path) as dataset:
-        return dataset[()]
+def read_depth(path: Path) -> np.ndarray:
+    return files.read_png_depth(path, 1000.0)
 
 
-@contextlib.contextmanager
-def open_hdf5(path: Path):
-    """The one data set of a file of Hypersim's. Whatever ails it is a ValueError that names it."""
-    try:
-        with h5py.File(path, "r") as file:
-            yield file["dataset"]
-    except FileNotFoundError:
-        raise
-    except (OSError, KeyError, RuntimeError, TypeError, ValueError) as error:
-        raise ValueError(f"{path}: unreadable; if damaged, fetch it again: {error}") from error
+def read_colour(path: Path) -> np.ndarray:
+    """HDR colour [H,W,3] of an HDF5 file, or uint8 of a preview."""
+    return read_map(path, channels=(3,)) if path.suffix == ".hdf5" else image_lib.load(path)
+
+
+def read_map(path: Path, channels: tuple[int, ...] = ()) -> np.ndarray:
+    """The numbers [H,W] in one of Hypersim's files; ValueError that names it."""
+    with open_hdf5(path) as file:
+        array = np.asarray(file[DATASET])
+    if array.ndim < 2 or array.shape[2:] != channels or array.dtype.kind not in "fiu":
+        expected = ", ".join(["H", "W", *map(str, channels)])
+        raise ValueError(f"{path}: {array.dtype} {list(array.shape)}, expected [{expected}]")
+    return array
 
 
 @functools.lru_cache(maxsize=8)
@@ -277,6 +260,12 @@ def read_table(path: Path, split: str) -> tuple[list[tuple[str, str, int]], list
             continue
         frames.append((scene, camera, int(frame)))
     return frames, problems
+
+
+def _name_of(path: str) -> str | None:
+    """The name of the picture of this path in Marigold's lists."""
+    found = re.fullmatch(r"(?:.*/)?([^/]+)/rgb_([^/]+)_fr(\d+)\.png", path, re.ASCII)
+    return found and f"{found[1]}/{found[2]}/{int(found[3]):04d}"
 
 
 def _listed(root: Path, folders) -> str:

@@ -19,7 +19,7 @@ import numpy as np
 
 from d3epth_jax import image as image_lib
 from d3epth_jax.data.sources import files
-from d3epth_jax.data.sources.benchmarks import load_mat, narrow, read_files, stems, unequal
+from d3epth_jax.data.sources.benchmarks import load_mat, stems
 from d3epth_jax.data.sources.files import FileSource, Item
 
 KINDS = ("rgb", "depth", "mask_invalid", "mask_transp", "edges")
@@ -40,18 +40,27 @@ def ibims(path, *, filename_list: str = "", on_error: str = "raise") -> FileSour
     items, read, shape = _png_items(root), read_png, None
     if not items:
         items, read, shape = _mat_items(root), read_mat, mat_shape
-    items, problems = narrow(items, filename_list, _name_of)
-    if not items and not problems:
+    problems = []
+    if not items:
         problems.append(
             "neither rgb/NAME.png nor NAME.mat in it, in ibims1_core_raw or in ibims1_core_mat"
         )
-    return FileSource(root, items, read, shape=shape, problems=problems, on_error=on_error)
+    return FileSource(
+        root,
+        items,
+        read,
+        shape=shape,
+        filename_list=filename_list,
+        name_of=_name_of,
+        problems=problems,
+        on_error=on_error,
+    )
 
 
 def read_png(item: Item) -> files.Sample:
     """A picture of the raw layout; ValueError with all that is wrong with its files, by name."""
     readers = dict.fromkeys(KINDS[2:], read_mask)
-    return _sample(read_files(item, {"image": image_lib.load, "depth": read_depth} | readers))
+    return _sample(files.gather(item, {"image": image_lib.load, "depth": read_depth} | readers))
 
 
 def read_depth(path: Path) -> np.ndarray:
@@ -74,7 +83,7 @@ def read_mat(item: Item) -> files.Sample:
     image = parts["image"]
     if image.dtype != np.uint8 or image.shape[2:] != (3,):
         raise ValueError(f"{path}: rgb is {image.dtype} {list(image.shape)}, not uint8 [H,W,3]")
-    if different := unequal(path, parts):
+    if different := files.unequal(dict.fromkeys(parts, path), parts):
         raise ValueError(different)
     return _sample(parts | {kind: parts[kind][..., None] > 0 for kind in KINDS[2:]})
 

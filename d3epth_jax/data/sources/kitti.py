@@ -22,7 +22,7 @@ import numpy as np
 
 from d3epth_jax import image as image_lib
 from d3epth_jax.data.sources import files
-from d3epth_jax.data.sources.benchmarks import first_existing, narrow, read_files
+from d3epth_jax.data.sources.benchmarks import first_existing
 from d3epth_jax.data.sources.files import FileSource, Item
 
 log = logging.getLogger(__name__)
@@ -71,8 +71,6 @@ def kitti(
         items, problems = _listed(root, depths, Path(eigen_list))
     else:
         items, problems = _annotated(root, [folder / split for folder in depths]), []
-    items, unknown = narrow(items, filename_list, _name_of)
-    problems += unknown
     if not items and not problems:
         looked = eigen_list or " or ".join(str(folder / split) for folder in depths)
         problems.append(f"no frame with depth in {looked}")
@@ -81,6 +79,8 @@ def kitti(
         items,
         functools.partial(read, benchmark_crop=benchmark_crop),
         shape=CROP if benchmark_crop else None,
+        filename_list=filename_list,
+        name_of=_name_of,
         problems=problems,
         on_error=on_error,
     )
@@ -88,7 +88,7 @@ def kitti(
 
 def read(item: Item, *, benchmark_crop: bool = True) -> files.Sample:
     """A frame; ValueError with all that is wrong with its files, by name."""
-    parts = read_files(item, {"image": image_lib.load, "depth": read_depth})
+    parts = files.gather(item, {"image": image_lib.load, "depth": read_depth})
     if benchmark_crop:
         window = crop_window(*parts["image"].shape[:2], item.files["image"])
         parts = {kind: np.ascontiguousarray(part[window]) for kind, part in parts.items()}
@@ -110,14 +110,12 @@ def crop_window(height: int, width: int, path: Path) -> tuple[slice, slice]:
 def _listed(root: Path, depths: list[Path], eigen_list: Path) -> tuple[list[Item], list[str]]:
     """The list's frames that have depth, whether their files exist or not, and its bad lines."""
     try:
-        lines = eigen_list.read_text(encoding="utf-8").splitlines()
-    except (OSError, ValueError) as error:
-        return [], [f"{eigen_list}: no readable list of frames: {error}"]
+        lines = files.numbered_lines(eigen_list)
+    except ValueError as error:
+        return [], [str(error)]
     items, problems, without = [], [], 0
-    for number, line in enumerate(lines, start=1):
-        if not (words := line.split()):
-            continue
-        picture, depth = [*words, ""][:2]
+    for number, line in lines:
+        picture, depth = [*line.split(), ""][:2]
         if not PICTURE.fullmatch(picture) or not depth or not files.is_below(depth):
             problems.append(
                 f"{eigen_list}, line {number}: {line!r} is not 'DATE/DRIVE/image_02/data/NUMBER.png"

@@ -5,18 +5,26 @@
         rgb_latent, teacher_latent, gt_latent   float16 [n,F,h,w,C]
         latent_mask, has_target                 uint8 [n,F,h,w,1] and [n,F], 0 or 1
 A shard is whole or not there (d3epth_jax/cache.py writes them); the cache is whole once all are.
+Its metadata has its arrays' SHA-256; the job that makes the cache verifies it, readers do not.
 """
 
+import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
+import numpy as np
+import safetensors
+import safetensors.numpy
+
+from d3epth_jax import atomic
 from d3epth_jax.data.sources.files import Sample, SourceError
 from d3epth_jax.weights import files
 
 MANIFEST = "cache.json"
 FORMAT = 1
 FLAGS = ("latent_mask", "has_target")  # stored as bytes
+CHECKSUM = "sha256"
 AGAIN = "run its job again: python -m d3epth_jax.main --config=configs/cache.py --workdir="
 
 
@@ -130,6 +138,30 @@ def shards(manifest: Mapping) -> list[tuple[str, range]]:
         (f"latents-{k:05d}-of-{count:05d}.safetensors", range(k * size, min((k + 1) * size, total)))
         for k in range(count)
     ]
+
+
+def write(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
+    """Writes a shard with its checksum, whole or not at all; equal arrays give equal files."""
+    # Nothing else in the metadata: safetensors writes several entries in a random order.
+    with atomic.replacing(path) as partial:
+        safetensors.numpy.save_file(dict(arrays), partial, {CHECKSUM: _checksum(arrays)})
+
+
+def is_intact(path: Path, rows: range, manifest: Mapping) -> bool:
+    """Whether a shard is whole, and its content is what was written: reads all of it."""
+    if not is_whole(path, rows, manifest):
+        return False
+    with safetensors.safe_open(path, framework="numpy") as shard:
+        written = (shard.metadata() or {}).get(CHECKSUM)
+    return written == _checksum(files.read(path))
+
+
+def _checksum(arrays: Mapping[str, np.ndarray]) -> str:
+    digest = hashlib.sha256()
+    for key, array in sorted(arrays.items()):
+        digest.update(f"{key} {array.dtype} {array.shape}\n".encode())
+        digest.update(np.ascontiguousarray(array))
+    return digest.hexdigest()
 
 
 def is_whole(path: Path, rows: range, manifest: Mapping) -> bool:

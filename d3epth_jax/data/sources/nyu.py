@@ -12,17 +12,16 @@ or Marigold's nyu_labeled_extracted.tar, unpacked to PATH:
 Evaluation takes raw depth; the part of the frame that counts is the protocol's business.
 """
 
-import contextlib
 import re
 from pathlib import Path
 
-import h5py
 import numpy as np
 
 from d3epth_jax import image as image_lib
 from d3epth_jax.data.sources import files
-from d3epth_jax.data.sources.benchmarks import load_mat, narrow, stems
+from d3epth_jax.data.sources.benchmarks import load_mat, stems
 from d3epth_jax.data.sources.files import FileSource, Item, SourceError
+from d3epth_jax.data.sources.hdf5 import open_hdf5
 
 LABELLED, SPLITS = "nyu_depth_v2_labeled.mat", "splits.mat"
 SPLITS_URL = "http://horatio.cs.nyu.edu/mit/silberman/indoor_seg_sup/splits.mat"
@@ -60,10 +59,19 @@ def nyu(
         (items, size), read = _mat_items(mat, split, in_mat), read_mat
     else:
         items, read, size = _png_items(root, split, in_png), read_png, None
-    items, problems = narrow(items, filename_list, _name_of)
-    if not items and not problems:
+    problems = []
+    if not items:
         problems.append(f"neither {LABELLED} in it nor {split or 'test'}/SCENE/rgb_NNNN.png")
-    return FileSource(root, items, read, shape=size, problems=problems, on_error=on_error)
+    return FileSource(
+        root,
+        items,
+        read,
+        shape=size,
+        filename_list=filename_list,
+        name_of=_name_of,
+        problems=problems,
+        on_error=on_error,
+    )
 
 
 def read_mat(item: Item) -> files.Sample:
@@ -73,33 +81,24 @@ def read_mat(item: Item) -> files.Sample:
     shared by them after a fork.
     """
     number = item.settings["number"]
-    with open_mat(item.files["image"], f"frame {number}") as file:
+    with open_hdf5(item.files["image"], f"frame {number}") as file:
         image, depth = (file[key][number - 1] for key in ("images", item.settings["depths"]))
     return files.as_sample(np.ascontiguousarray(image.T), depth.T)  # MATLAB has columns first
 
 
 def read_png(item: Item) -> files.Sample:
     """A frame of Marigold's layout."""
-    image = image_lib.load(item.files["image"])
-    return files.as_sample(image, files.read_png_depth(item.files["depth"], COUNTS_PER_METRE))
+    return files.as_sample(**files.gather(item, {"image": image_lib.load, "depth": read_depth}))
 
 
-@contextlib.contextmanager
-def open_mat(path: Path, what: str):
-    """An open HDF5 file. Whatever ails it is a ValueError that names it and what was read."""
-    try:
-        with h5py.File(path, "r") as file:
-            yield file
-    except FileNotFoundError:
-        raise
-    except (OSError, LookupError, RuntimeError, TypeError, ValueError) as error:
-        raise ValueError(f"{path}: {what}: unreadable; fetch it again: {error}") from error
+def read_depth(path: Path) -> np.ndarray:
+    return files.read_png_depth(path, COUNTS_PER_METRE)
 
 
 def _mat_items(path: Path, split: str, depths: str) -> tuple[list[Item], tuple[int, int]]:
     """The frames of a split, and the size of all; SourceError if the file is not what it should."""
     try:
-        with open_mat(path, "sizes") as file:
+        with open_hdf5(path, "sizes") as file:
             images, maps = file["images"].shape, file[depths].shape
         count, _, width, height = images if len(images) == 4 else (0, 0, 0, 0)
         if images != (count, 3, width, height) or maps != (count, width, height):
@@ -108,7 +107,7 @@ def _mat_items(path: Path, split: str, depths: str) -> tuple[list[Item], tuple[i
                 " [N, 3, W, H] and [N, W, H]"
             )
         numbers = _read_split(path.parent / SPLITS, split, count)
-        with open_mat(path, "names of scenes") as file:
+        with open_hdf5(path, "names of scenes") as file:
             references = file["scenes"][0]  # to arrays of UTF-16 letters, one a frame
             scenes = ["".join(map(chr, file[references[n - 1]][()].ravel())) for n in numbers]
     except (OSError, ValueError) as error:

@@ -19,7 +19,7 @@ from PIL import Image
 
 from d3epth_jax import image as image_lib
 from d3epth_jax.data.sources import files
-from d3epth_jax.data.sources.benchmarks import narrow, stems
+from d3epth_jax.data.sources.benchmarks import stems
 from d3epth_jax.data.sources.files import FileSource, Item
 
 FOLDERS = ("", "scans", "scannet_frames_25k", "tasks/scannet_frames_25k")
@@ -39,10 +39,19 @@ def scannet(path, *, filename_list: str = "", on_error: str = "raise") -> FileSo
     Raises SourceError.
     """
     root = files.require_folder(path)
-    items, problems = narrow(_items(root), filename_list, _name_of)
-    if not items and not problems:
+    items, problems = _items(root), []
+    if not items:
         problems.append("no sceneXXXX_XX/color/NUMBER.jpg in it, nor in " + ", ".join(FOLDERS[1:]))
-    return FileSource(root, items, read, shape=shape, problems=problems, on_error=on_error)
+    return FileSource(
+        root,
+        items,
+        read,
+        shape=shape,
+        filename_list=filename_list,
+        name_of=_name_of,
+        problems=problems,
+        on_error=on_error,
+    )
 
 
 def read(item: Item) -> files.Sample:

@@ -12,7 +12,7 @@ and 5,364 to validate (scene 01), from both cameras in six of the ten variations
 and the turns by 30 degrees.
 """
 
-import functools
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -53,7 +53,9 @@ def vkitti2(
       split: "train", "validation", or "" for all five scenes.
       scenes: of the split's scenes, only these; () all.
       variations, cameras: which; the defaults are Marigold's.
-      filename_list, on_error: as FileSource.
+      filename_list: names, or lines as in Marigold's vkitti_train.txt, for any of the layouts
+        ("rgb/Scene02/clone/frames/rgb/Camera_0/rgb_00000.jpg ...").
+      on_error: as FileSource.
 
     Raises SourceError; ValueError for arguments that make no sense.
     """
@@ -76,17 +78,17 @@ def vkitti2(
         for camera in cameras
         for frame in range(FRAMES[scene])
     ]
-    return FileSource(root, items, read, filename_list=filename_list, on_error=on_error)
+    return FileSource(
+        root, items, read, filename_list=filename_list, name_of=_name_of, on_error=on_error
+    )
 
 
 def read(item: Item) -> files.Sample:
     """A frame; ValueError that names the file if one is unreadable."""
-    image, counts = files.gather(
-        functools.partial(image_lib.load, item.files["image"]),
-        functools.partial(files.read_png_counts, item.files["depth"]),
-    )
+    parts = files.gather(item, {"image": image_lib.load, "depth": files.read_png_counts})
+    counts = parts["depth"]
     depth = counts.astype(np.float32) / np.float32(COUNTS_PER_METRE)
-    return files.as_sample(image, depth, counts != SKY)
+    return files.as_sample(parts["image"], depth, counts != SKY)
 
 
 def _item(rgb: Path, depth: Path, sequence: str, camera: str, frame: int) -> Item:
@@ -98,6 +100,13 @@ def _item(rgb: Path, depth: Path, sequence: str, camera: str, frame: int) -> Ite
             "depth": depth / f"{sequence}/frames/depth/{camera}/depth_{frame:05d}.png",
         },
     )
+
+
+def _name_of(path: str) -> str | None:
+    """The name of the picture of this path in Marigold's lists."""
+    form = r"(?:.*/)?(\w+/[^/]+)/frames/rgb/(\w+)/rgb_(\d+)\.jpg"
+    found = re.fullmatch(form, path, re.ASCII)
+    return found and f"{found[1]}/{found[2]}/{found[3]}"
 
 
 def _find_folders(root: Path) -> tuple[Path, Path]:
