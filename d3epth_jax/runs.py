@@ -34,13 +34,12 @@ def claim(workdir: pathlib.Path, config, *, in_use: bool) -> None:
 
 def claim_origins(workdir: pathlib.Path, config, *, in_use: bool) -> None:
     """Writes down which models the run starts from; raises as `check_origins`."""
-    before = check_origins(workdir, config) if in_use else {}
-    content = json.dumps({**before, **_origins(config)}, indent=2)
-    (workdir / "origins.json").write_text(content + "\n")
+    origins = check_origins(workdir, config) if in_use else _origins(config)
+    (workdir / "origins.json").write_text(json.dumps(origins, indent=2) + "\n")
 
 
 def check_origins(workdir: pathlib.Path, config) -> dict[str, str]:
-    """What was written down; ValueError if a model that the run started from has changed since.
+    """What was written down and is there; ValueError if a model that the run started from changed.
 
     The same path may hold another model by now, retrained with other settings, and a hub's branch
     may have moved on. Those that are gone are not asked for.
@@ -54,7 +53,7 @@ def check_origins(workdir: pathlib.Path, config) -> dict[str, str]:
             f"{workdir} was trained from another model at {', '.join(changed)} than the one that"
             " is there now; choose another --workdir or delete it"
         )
-    return before
+    return before | now
 
 
 def _origins(config) -> dict[str, str]:

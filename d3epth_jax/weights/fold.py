@@ -179,10 +179,11 @@ def _note(model: DepthModel, **folded) -> DepthModel:
 
 def _heads(model: DepthModel, path: keys.Path) -> int:
     """Of the UNet's attention at a path: a level's heads, and the middle is the last level."""
+    heads = model.unet.heads
     side, _, number = path[1].rpartition("_blocks_")
-    last = len(model.unet.heads) - 1
-    levels = {"down": lambda: int(number), "up": lambda: last - int(number)}
-    return model.unet.heads[levels.get(side, lambda: last)()]
+    if side == "down":
+        return heads[int(number)]
+    return heads[-1 - int(number)] if side == "up" else heads[-1]
 
 
 def _silu(x: np.ndarray) -> np.ndarray:
