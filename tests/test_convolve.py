@@ -1,0 +1,70 @@
+"""The form of a convolution that is fast on a CPU, against XLA's own."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from d3epth_jax.models import layers
+
+NHWC = ("NHWC", "HWIO", "NHWC")
+SAME, SD_VAE = ((1, 1), (1, 1)), ((0, 1), (0, 1))
+
+
+class Once(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        return layers.conv("conv", 8, jnp.float32)(x)
+
+
+def random(*shape):
+    rng = np.random.default_rng(sum(shape))
+    return jnp.asarray(rng.standard_normal(shape), jnp.float32)
+
+
+@pytest.fixture
+def patches(monkeypatch):
+    """Patches for every number of channels, as for a thousand."""
+    monkeypatch.setattr(layers, "PATCHES_MIN_CHANNELS", 1)
+
+
+@pytest.mark.parametrize(
+    ("size", "kernel", "stride", "padding"),
+    [
+        ((5, 7), 3, 1, SAME),
+        ((5, 8), 3, 2, SAME),
+        ((6, 8), 3, 2, SD_VAE),
+        ((4, 5), 2, 1, ((1, 0), (0, 1))),
+        ((3, 3), 1, 1, ((0, 0), (0, 0))),
+        ((1, 1), 3, 1, SAME),
+        ((1, 2), 3, 2, SAME),
+    ],
+)
+def test_patches_give_the_convolution_and_its_gradients(patches, size, kernel, stride, padding):
+    x, k, strides = random(2, *size, 6), random(kernel, kernel, 6, 4), (stride, stride)
+
+    def plain(x, k):
+        return jax.lax.conv_general_dilated(x, k, strides, padding, dimension_numbers=NHWC)
+
+    def ours(x, k):
+        return layers._convolve(x, k, strides, padding)
+
+    assert "conv_general_dilated" not in str(jax.make_jaxpr(ours)(x, k))
+    results = []
+    for function in (plain, ours):
+        y, pullback = jax.vjp(function, x, k)
+        results.append((y, *pullback(random(*y.shape))))
+    for expected, got in zip(*results, strict=True):
+        np.testing.assert_allclose(got, expected, atol=2e-5)
+
+
+@pytest.mark.parametrize(
+    ("shape", "small"),
+    [((1, 12, 12, 1024), True), ((1, 24, 24, 1024), False), ((1, 4, 4, 64), False)],
+)
+def test_only_small_maps_of_many_channels_are_taken_apart(shape, small):
+    module, x = Once(), jnp.zeros(shape)
+    variables = jax.eval_shape(module.init, jax.random.key(0), x)
+    program = str(jax.make_jaxpr(module.apply)(variables, x))
+    assert ("conv_general_dilated" not in program) == small
