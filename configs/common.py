@@ -123,7 +123,8 @@ def training(stage: str) -> ConfigDict:
     config.init = ""
     config.init_version = version()
     config.conv_in_bias = "keep"  # | "halve", where Stable Diffusion's conv_in is widened
-    config.autoencoder = ConfigDict({"path": "", **version()})  # one to use instead, as TAESD
+    # One to use instead, as TAESD; where the preset has fewer blocks, with so many of its own.
+    config.autoencoder = ConfigDict({"path": "", **version()})
     config.model = ConfigDict(
         {
             "preset": "d3_nano",
@@ -177,12 +178,22 @@ def training(stage: str) -> ConfigDict:
             "schedule": "exponential",  # | cosine | constant
         }
     )
-    config.optim = ConfigDict({"weight_decay": 1e-2, "clip": 1.0, "b1": 0.9, "b2": 0.999})
+    config.optim = ConfigDict(
+        {
+            "weight_decay": 1e-2,
+            "clip": 1.0,
+            "b1": 0.9,
+            "b2": 0.999,
+            "moments": "float32",  # | bfloat16, rounded at random: half the optimiser's memory
+        }
+    )
     config.train = ConfigDict(
         {
             "steps": 30_000 if stage == "latent" else 20_000,
             "accumulate": 1,  # micro-batches per step
             "max_ema_decay": 0.9999,
+            "host_ema_every": 0,  # steps from one update to the next of an average that the
+            # host keeps, to spare an accelerator's memory; 0: on the device, with every step
             "log_every": 50,
             "checkpoint_every": 1000,
             "keep_checkpoints": 2,
@@ -299,6 +310,7 @@ def on_data(config: ConfigDict, word: str) -> ConfigDict:
 
 
 DATA_WORDS = ("marigold", "marigold_built", "tfds")
+LIGHT_WORDS = ("fast", "turbo")
 
 
 def version() -> ConfigDict:
@@ -308,8 +320,21 @@ def version() -> ConfigDict:
 
 def word(argument: str | None, *words: str) -> str:
     """The one word after the config's colon ("configs/stage2.py:tiny"), "" without."""
-    if argument not in (None, "", *words):
-        raise ValueError(
-            f"unknown word {argument!r} after the config's colon: choose {list(words)}"
-        )
-    return argument or ""
+    return words_of(argument, words)[0]
+
+
+def words_of(argument: str | None, *groups: tuple[str, ...]) -> tuple[str, ...]:
+    """Of each group the word after the config's colon ("stage2.py:turbo,tfds"), "" without.
+
+    `tiny` has data of its own and stands alone.
+    """
+    given = [each for each in (argument or "").split(",") if each]
+    for each in given:
+        if not any(each in group for group in groups):
+            raise ValueError(
+                f"unknown word {each!r} after the config's colon: choose {list(sum(groups, ()))}"
+            )
+    chosen = [[each for each in given if each in group] for group in groups]
+    if any(len(each) > 1 for each in chosen) or ("tiny" in given and len(given) > 1):
+        raise ValueError(f"{argument!r} after the config's colon: these words exclude each other")
+    return tuple(each[0] if each else "" for each in chosen)

@@ -10,6 +10,12 @@ tiny autoencoder. `tiny` distils the quickstart's teacher, which it trains first
 none, on RGB-D pairs of your own (data/sources/folder.py says in which layouts). `marigold` is
 configs/d2.py's. With --config.teacher.cache=CACHE the teacher's latents are read
 (configs/cache.py).
+
+`fast` and `turbo` are the students d3_fast and d3_turbo, with a fifth and a tenth of D^2epth's
+multiplications. The encoder too is light, begins as TAESD's and learns the teacher's RGB latent;
+the teacher may have Stable Diffusion's autoencoder, whose latent space is the same. The decoder
+learns in configs/stage2.py; until then d3_turbo's is a torso of TAESD's: watch `explained`, not
+AbsRel. Words combine: configs/stage1.py:turbo,marigold.
 """
 
 from ml_collections import ConfigDict
@@ -32,9 +38,19 @@ def on_pairs(config: ConfigDict) -> ConfigDict:
     return config
 
 
+def with_light_student(config: ConfigDict, name: str) -> ConfigDict:
+    """Makes d3_fast or d3_turbo, which have a light autoencoder of the teacher's latent space."""
+    config.workdir = f"runs/stage1_{name}"
+    config.model.preset = f"d3_{name}"
+    config.model.encoder = config.model.decoder = "own"
+    config.autoencoder.path = "madebyollin/taesd"  # of which d3_turbo takes some of the blocks
+    config.trainable = ("unet/", "encoder/")  # no loss of this stage reaches the decoder
+    return config
+
+
 def get_config(argument: str | None = None) -> ConfigDict:
-    word = common.word(argument, "tiny", *common.DATA_WORDS)
-    if word == "tiny":
+    student, word = common.words_of(argument, ("tiny", *common.LIGHT_WORDS), common.DATA_WORDS)
+    if student == "tiny":
         config = on_pairs(quickstart.stage1())
         config.workdir = "runs/stage1_tiny"
         config.train.steps = config.eval.every = config.train.checkpoint_every = 200
@@ -50,4 +66,6 @@ def get_config(argument: str | None = None) -> ConfigDict:
     config.model.dtype = "bfloat16"
     config.model.remat = True
     config.train.accumulate = 4
+    if student:
+        config = with_light_student(config, student)
     return common.on_data(config, word)

@@ -14,7 +14,7 @@ import pathlib
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 
-from d3epth_jax import atomic, data_cli
+from d3epth_jax import atomic, bench_cli, data_cli
 
 log = logging.getLogger(__name__)
 
@@ -31,7 +31,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs a subcommand; returns the exit code (argparse exits by itself with 2)."""
     parser = argparse.ArgumentParser(prog="d3epth", description="Depth from single pictures.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for add in (add_predict, add_convert, data_cli.add_data):
+    for add in (add_predict, add_convert, bench_cli.add_bench, data_cli.add_data):
         add(commands)
     args = parser.parse_args(argv)
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
@@ -291,8 +291,10 @@ def _load_predictor(args: argparse.Namespace):
     """
     import jax
 
+    from d3epth_jax.compilation_cache import use_compilation_cache
     from d3epth_jax.pipeline import DepthPipeline
 
+    use_compilation_cache()
     pipe = DepthPipeline.from_pretrained(args.model, dtype=args.dtype, **_where(args))
     settings = {
         "processing_resolution": args.processing_resolution,

@@ -13,11 +13,12 @@ from ml_collections import ConfigDict
 from d3epth_jax import losses, optim, runs, sharding, training_data, weighting
 from d3epth_jax.checkpoint import Checkpoints
 from d3epth_jax.models import presets
+from d3epth_jax.models.config import TinyAutoencoderConfig
 from d3epth_jax.models.depth_model import DepthModel, count_params, init_params
 from d3epth_jax.stages import latent, pixel
 from d3epth_jax.train_state import init_train_state, merge, split_trainable
 from d3epth_jax.typing import Params
-from d3epth_jax.weights import hub, surgery
+from d3epth_jax.weights import fold, hub, surgery
 from d3epth_jax.weights.prompt import PromptEncoder
 
 log = logging.getLogger(__name__)
@@ -57,11 +58,14 @@ def _check_choices(config) -> None:
         parts = {f"model.{p}": config.model[p] for p in ("unet", "encoder", "decoder")}
         choices |= {name: (value, ("own", "teacher")) for name, value in parts.items()}
         choices["model preset"] = (config.model.preset, sorted(presets.PRESETS))
+    choices["optim.moments"] = (config.optim.moments, optim.MOMENTS)
     problems = [
         f"unknown {name} {value!r}: choose one of {list(known)}"
         for name, (value, known) in choices.items()
         if value not in known
     ]
+    if config.train.host_ema_every and jax.process_count() > 1:
+        problems.append("train.host_ema_every needs a single process: set it to 0")
     if problems:
         raise ValueError("\n".join(problems))
 
@@ -114,12 +118,32 @@ def teacher_steps(config, model: DepthModel) -> int:
     return steps
 
 
+def fold_teacher(config, teacher: Start) -> Start:
+    """The teacher with its constants folded; what it teaches is the same but for rounding."""
+    if not _needed_of(config, teacher):
+        return teacher
+    model = teacher.model
+    single_step = teacher_steps(config, model) == 1 and latent.starts_at_zero(model)
+    model, params = fold.fold_teacher(model, teacher.params, single_step=single_step)
+    return teacher._replace(model=model, params=params)
+
+
 def frozen_teacher(config, teacher: Start) -> Params:
     """The teacher's parameters that the training step needs: with a cache, few or none."""
-    if not config.teacher.cache or teacher.model is None:
-        return teacher.params
-    needed = ("unet", "prompt") if config.loss.beta.feat else ()
-    return {part: teacher.params[part] for part in needed if part in teacher.params}
+    if teacher.model is None:
+        return None
+    params = {part: teacher.params[part] for part in _needed_of(config, teacher)}
+    return fold.cast_kernels(teacher.model, params)
+
+
+def _needed_of(config, teacher: Start) -> list[str]:
+    """The teacher's networks that the training step runs."""
+    needed = {"unet", "encoder", "decoder", "prompt"}
+    if config.stage == "latent":
+        needed -= {"decoder"}
+        if config.teacher.cache:
+            needed = {"unet", "prompt"} if config.loss.beta.feat else set()
+    return [part for part in teacher.params or () if part in needed]
 
 
 def make_student(config, teacher: Start) -> Start:
@@ -133,7 +157,10 @@ def make_student(config, teacher: Start) -> Start:
     autoencoder, parts = hub.load_autoencoder(
         config.autoencoder.path, **_version(config.autoencoder)
     )
-    log.info("autoencoder: %s", config.autoencoder.path)
+    shape = start.model.autoencoder
+    if not config.init and {type(shape), type(autoencoder)} == {TinyAutoencoderConfig}:
+        autoencoder, parts = surgery.prune_tiny_autoencoder(autoencoder, parts, like=shape)
+    log.info("autoencoder: %s as %s", config.autoencoder.path, autoencoder)
     model = dataclasses.replace(start.model, autoencoder=autoencoder)
     return start._replace(model=model, params={**start.params, **parts})
 
@@ -190,11 +217,13 @@ def _student_of_preset(config, teacher: Start) -> Start:
     if "unet" in parts:
         # In the form that is trained here, which is the student's.
         other, of_teacher = surgery.to_single_step(teacher.model, teacher.params)
-        params["unet"], random = surgery.copy_from_teacher(
-            unet, other.unet, params["unet"], of_teacher["unet"]
-        )
-        if random:
-            log.warning("not in the teacher, so random: %s", ", ".join(random))
+        copied = surgery.copy_from_teacher(unet, other.unet, params["unet"], of_teacher["unet"])
+        params["unet"] = copied.params
+        log.info("UNet, from the teacher: %s", surgery.in_modules(copied.taken))
+        log.info("UNet, of the teacher left out: %s", surgery.in_modules(copied.left_out))
+        if copied.fresh:
+            told = (f"{'/'.join(path)} ({why})" for path, why in copied.fresh.items())
+            log.warning("UNet, random: %s", ", ".join(told))
         model = dataclasses.replace(model, base=teacher.model.base)
     text = teacher.text if "prompt" in params and params["prompt"].any() else None
     return Start(model, params, text)

@@ -13,6 +13,7 @@ from absl import app, flags
 from ml_collections import ConfigDict, config_flags
 
 from d3epth_jax import sharding
+from d3epth_jax.compilation_cache import use_compilation_cache
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "The config file.", lock_config=True)
 WORKDIR = flags.DEFINE_string("workdir", None, "Output folder; the config's own by default.")
@@ -29,6 +30,7 @@ def main(argv: list[str]) -> None:
     config = CONFIG.value
     workdir = pathlib.Path(WORKDIR.value or config.workdir)
     sharding.use_cpu_cores(config.cpu_devices)
+    use_compilation_cache()
     jobs = {name: config[name] for name in config.jobs} if "jobs" in config else {"": config}
     began = time.monotonic()
     filled = {name: fill_in(job, workdir) for name, job in jobs.items()}

@@ -98,7 +98,10 @@ def make_train_step(
 
         updates, opt_state = tx.update(gradient, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
-        decay = ema_decay(state.step, max_ema_decay)
+        ema = state.ema
+        if ema:
+            decay = ema_decay(state.step, max_ema_decay)
+            ema = jax.tree.map(lambda e, p: decay * e + (1 - decay) * p, ema, params)
         task_state = state.weighting
         if tasks:
             task_state = weighting.update(
@@ -110,7 +113,7 @@ def make_train_step(
             step=state.step + 1,
             params=params,
             opt_state=opt_state,
-            ema=jax.tree.map(lambda e, p: decay * e + (1 - decay) * p, state.ema, params),
+            ema=ema,
             weighting=task_state,
         )
         metrics = {

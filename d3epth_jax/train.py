@@ -5,6 +5,7 @@ parameters split off, optimiser and weighting initialised, newest checkpoint res
 """
 
 import contextlib
+import dataclasses
 import functools
 import logging
 import math
@@ -20,9 +21,9 @@ from d3epth_jax.evaluation import evaluate
 from d3epth_jax.metric_writer import MetricWriter, read_metrics
 from d3epth_jax.pipeline import DepthPipeline
 from d3epth_jax.progress import Progress
-from d3epth_jax.train_state import init_train_state, merge
+from d3epth_jax.train_state import HostAverage, init_train_state, merge
 from d3epth_jax.typing import Params
-from d3epth_jax.weights import hub
+from d3epth_jax.weights import fold, hub
 
 log = logging.getLogger(__name__)
 
@@ -58,39 +59,42 @@ def run(config, workdir: pathlib.Path) -> pathlib.Path:
         # Now that models of the hub are in its cache, and so have a commit.
         runs.claim_origins(workdir, config, in_use=in_use)
         model, params, text = student
-        loss_fn, tasks, beta = from_config.make_loss(config, model, params, trainable, teacher)
+        # The step and the evaluation compute with constants folded; what is saved is as it was.
+        teacher = from_config.fold_teacher(config, teacher)
+        computed, of_rest = fold.fold_frozen(model, trainable, rest)
+        loss_fn, tasks, beta = from_config.make_loss(config, computed, params, trainable, teacher)
 
         of_teacher = from_config.frozen_teacher(config, teacher)
-        frozen = sharding.put_params({"rest": rest, "teacher": of_teacher}, mesh)
+        of_rest = fold.cast_kernels(computed, of_rest)
+        frozen = sharding.put_params({"rest": of_rest, "teacher": of_teacher}, mesh)
         tx, schedule, task_weights = from_config.make_optimizer(config, len(tasks))
-        init = functools.partial(init_train_state, tx=tx, weighting=task_weights)
+        on_host = config.train.host_ema_every
+        average = HostAverage(trainable, on_host, config.train.max_ema_decay) if on_host else None
+        init = functools.partial(
+            init_train_state, tx=tx, weighting=task_weights, host_average=bool(on_host)
+        )
         placement = sharding.params_sharding(jax.eval_shape(init, trainable), mesh)
         state = jax.jit(init, out_shardings=placement)(sharding.put_params(trainable, mesh))
         if checkpoints.latest is not None:
-            state, position = checkpoints.restore(abstract(state))
+            wanted = abstract(state)
+            if average:
+                wanted = dataclasses.replace(wanted, ema=average.params)
+            state, position = checkpoints.restore(wanted)
+            if average:
+                average.params, state = state.ema, dataclasses.replace(state, ema={})
             batches.set_state(position)
             log.info("resumed from step %d", int(state.step))
 
-        train_step = jax.jit(
-            steps.make_train_step(
-                loss_fn,
-                tx,
-                task_weights,
-                beta=beta,
-                tasks=tasks,
-                accumulate=config.train.accumulate,
-                max_ema_decay=config.train.max_ema_decay,
-            ),
-            donate_argnums=0,
-            out_shardings=(placement, sharding.replicated(mesh)),
+        train_step = OneProgramPerShape(
+            jit_step(config, loss_fn, tx, task_weights, beta, tasks, placement, mesh)
         )
 
-        def current_model() -> Params:
-            return merge(state.ema, frozen["rest"])
+        def averaged() -> Params:
+            return average.params if average else state.ema
 
         start = int(state.step)
         if start == 0 and config.train.save_start:
-            hub.save_model(workdir / "model_start", model, current_model(), text)
+            hub.save_model(workdir / "model_start", model, merge(averaged(), rest), text)
         writer = MetricWriter(workdir, start_step=start)
         progress = Progress(f"{config.stage} {workdir.name}", total, start=start)
         scores = {}
@@ -98,7 +102,8 @@ def run(config, workdir: pathlib.Path) -> pathlib.Path:
 
         def validate(step: int) -> None:
             progress.clear()
-            scores[step] = score(config, model, current_model(), validation, mesh, writer, step)
+            params = merge(averaged(), frozen["rest"])
+            scores[step] = score(config, computed, params, validation, mesh, writer, step)
 
         if start == 0:
             validate(0)
@@ -114,6 +119,8 @@ def run(config, workdir: pathlib.Path) -> pathlib.Path:
                 if mesh.devices.flat[0].platform == "cpu":
                     # Steps in flight on several CPU devices would compete for XLA's threads.
                     jax.block_until_ready(metrics)
+                if average:
+                    average.update(step, state.params)
                 worked += time.monotonic() - asked
                 progress.update(step, note=f"AbsRel {_last(scores)}")
                 save = step % config.train.checkpoint_every == 0 or step == total
@@ -128,10 +135,26 @@ def run(config, workdir: pathlib.Path) -> pathlib.Path:
                 if step % config.eval.every == 0 or step == total:
                     validate(step)
                 if save:
-                    checkpoints.save(step, state, batches.get_state())
-            hub.save_model(output, model, current_model(), text)
+                    whole = dataclasses.replace(state, ema=averaged())
+                    checkpoints.save(step, whole, batches.get_state())
+            hub.save_model(output, model, merge(averaged(), rest), text)
     tell_scores(config.stage, workdir)
     return output
+
+
+def jit_step(config, loss_fn, tx, task_weights, beta, tasks, placement, mesh):
+    """The jitted training step; the old state's memory becomes the new one's."""
+    step = steps.make_train_step(
+        loss_fn,
+        tx,
+        task_weights,
+        beta=beta,
+        tasks=tasks,
+        accumulate=config.train.accumulate,
+        max_ema_decay=config.train.max_ema_decay,
+    )
+    placements = placement, sharding.replicated(mesh)
+    return jax.jit(step, donate_argnums=0, out_shardings=placements)
 
 
 def train_what_is_absent(config) -> None:
@@ -196,6 +219,32 @@ def require_finite(values: dict[str, float], step: int, checkpoint: int | None) 
             f"step {step}: not finite: {broken}. The newest checkpoint is of step {checkpoint};"
             " lower schedule.learning_rate or optim.clip, or set model.dtype to float32"
         )
+
+
+class OneProgramPerShape:
+    """A jitted step(state, frozen, batch) that warns where more is compiled than batches explain.
+
+    Every shape of batch has its own program, made at its first step. One more would mean that
+    something else changes between steps, and minutes lost each time.
+    """
+
+    def __init__(self, step):
+        self._step, self._shapes, self._expected = step, set(), 0
+
+    @property
+    def programs(self) -> int:
+        return self._step._cache_size()
+
+    def __call__(self, state, frozen, batch):
+        shapes = ", ".join(f"{name} {x.dtype}{list(x.shape)}" for name, x in batch.items())
+        if shapes not in self._shapes:
+            self._shapes.add(shapes)
+            self._expected += 1
+        result = self._step(state, frozen, batch)
+        if self.programs > self._expected:
+            self._expected = self.programs
+            log.warning("the training step was compiled again, for a batch seen before: %s", shapes)
+        return result
 
 
 class Profile(contextlib.ExitStack):

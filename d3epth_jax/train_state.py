@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.tree_util import register_dataclass
@@ -23,7 +24,8 @@ class TrainState:
       step: optimiser steps done.
       params: the trainable parameters only, a nested dict.
       opt_state: optax state of `params`.
-      ema: moving average of `params`: what is evaluated and saved.
+      ema: moving average of `params`: what is evaluated and saved. Empty on the device where the
+        host keeps it (HostAverage).
       weighting: state of the dynamic task weighting (METHOD 5).
     """
 
@@ -35,13 +37,17 @@ class TrainState:
 
 
 def init_train_state(
-    params: Params, tx: optax.GradientTransformation, weighting: Weighting
+    params: Params,
+    tx: optax.GradientTransformation,
+    weighting: Weighting,
+    *,
+    host_average: bool = False,
 ) -> TrainState:
     return TrainState(
         step=jnp.zeros((), jnp.int32),
         params=params,
         opt_state=tx.init(params),
-        ema=jax.tree.map(jnp.copy, params),
+        ema={} if host_average else jax.tree.map(jnp.copy, params),
         weighting=weighting.init(),
     )
 
@@ -49,6 +55,29 @@ def init_train_state(
 def ema_decay(step: jax.Array, maximum: float) -> jax.Array:
     """min(maximum, (1 + n) / (10 + n)) after n steps (METHOD 7)."""
     return jnp.minimum(maximum, (1.0 + step) / (10.0 + step))
+
+
+class HostAverage:
+    """The moving average of parameters in the host's memory, of one process, every `every` steps.
+
+    Its decay is the product of those steps' (`ema_decay`); the parameters of the last stand for
+    those of all. It depends on the step's number alone, so that a resumed run goes on as before.
+    """
+
+    def __init__(self, params: Params, every: int, maximum: float):
+        self.params = jax.tree.map(np.array, params)
+        self._every, self._maximum = every, maximum
+
+    def update(self, step: int, params: Params) -> None:
+        """Takes in the parameters after `step` steps, where it is their turn."""
+        if step % self._every:
+            return
+        before = np.arange(step - self._every, step)
+        decay = np.float32(np.prod(np.minimum(self._maximum, (1 + before) / (10 + before))))
+        # New arrays: a checkpoint may still be writing the old ones.
+        self.params = jax.tree.map(
+            lambda e, p: decay * e + (1 - decay) * np.asarray(p), self.params, params
+        )
 
 
 def split_trainable(params: Params, patterns: tuple[str, ...]) -> tuple[Params, Params]:

@@ -22,6 +22,7 @@ from d3epth_jax.models import presets
 from d3epth_jax.models.depth_model import DepthModel, init_params
 from d3epth_jax.stages import latent
 from d3epth_jax.train_state import init_train_state, split_trainable
+from d3epth_jax.weights import fold
 
 # The innermost maps are 3x4: those smaller than the kernel XLA convolves ten times more slowly.
 BATCH, HEIGHT, WIDTH = 16, 192, 256
@@ -62,6 +63,7 @@ def make_step(terms: dict, teacher_steps: int, cached: bool, student, teacher):
     (model, params), (teacher, of_teacher) = student, teacher
     if teacher_steps > 1:
         teacher = dataclasses.replace(teacher, denoising_steps=teacher_steps)
+    teacher, of_teacher = fold.fold_teacher(teacher, of_teacher, single_step=teacher_steps == 1)
     rng = np.random.default_rng(0)
     batch = {
         "image": rng.integers(0, 256, (BATCH, HEIGHT, WIDTH, 3)).astype(np.uint8),
@@ -74,7 +76,7 @@ def make_step(terms: dict, teacher_steps: int, cached: bool, student, teacher):
         batch = {name: rng.standard_normal(cells).astype(np.float16) for name in names}
         batch |= {"latent_mask": np.ones((*cells[:3], 1), bool), "has_target": np.ones(BATCH, bool)}
         needed = ("unet", "prompt") if "feat" in terms else ()
-        of_teacher = {part: of_teacher[part] for part in needed}
+        of_teacher = {part: of_teacher[part] for part in needed if part in of_teacher}
     loss_fn = latent.make_loss(
         model, teacher, terms=tuple(terms), teacher_steps=teacher_steps, cached=cached
     )

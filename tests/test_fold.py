@@ -166,3 +166,35 @@ def test_a_folded_pipeline_predicts_and_saves_as_the_other(latents, saved, tmp_p
     pipeline_oracle.assert_same_tensors(
         pipeline_oracle.tensors_below(tmp_path / "out"), pipeline_oracle.tensors_below(saved[0])
     )
+
+
+@pytest.mark.parametrize("autoencoder", [pytest.param("kl", marks=pytest.mark.slow), "tiny"])
+def test_gradients_flow_through_what_training_folds(autoencoder):
+    model, params = make(autoencoder)
+
+    seen = []
+
+    def total(params, folding):
+        of_student, params = folding(model, params)
+        seen.append(of_student.folding)
+        latent, _ = inference.predict_latent(of_student, params, jnp.ones((1, 13, 4, 4)))
+        decoded = of_student.modules["decoder"].apply({"params": params["decoder"]}, latent)
+        return jnp.mean(jnp.square(decoded))
+
+    gradient = jax.jit(jax.grad(total), static_argnums=1)
+    ours = keys.flatten(gradient(params, fold.fold_in_training))
+    theirs = keys.flatten(gradient(params, lambda *same: same))
+    assert seen[0].upsampling == ("decoder", "unet") and seen[0].prompt_tokens == 2
+    assert ours.keys() == theirs.keys()
+    # Some are zero but for rounding, such as that of attention's key bias.
+    largest = max(float(jnp.abs(expected).max()) for expected in theirs.values())
+    for path, expected in theirs.items():
+        scale = max(float(jnp.abs(expected).max()), 1e-3 * largest)
+        np.testing.assert_allclose(ours[path] / scale, expected / scale, atol=2e-4, err_msg=path)
+
+
+def test_what_is_folded_already_is_not_folded_again():
+    model, params = make()
+    once = fold.fold(model, params, ("upsampling",))
+    again = fold.fold(*once, ("upsampling",))
+    assert again[0] == once[0] and shapes(again[1]) == shapes(once[1])

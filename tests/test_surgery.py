@@ -3,12 +3,14 @@
 import dataclasses
 import json
 
+import jax
 import numpy as np
 import pytest
 
 from d3epth_jax.models import presets
-from d3epth_jax.models.config import UNetConfig
-from d3epth_jax.weights import convert, keys, surgery
+from d3epth_jax.models.config import TinyAutoencoderConfig, UNetConfig
+from d3epth_jax.models.tiny_vae import TinyDecoder, TinyEncoder
+from d3epth_jax.weights import convert, hub, keys, surgery
 from tests import unet_oracle as oracle
 
 # Stable Diffusion 2's shape, narrow; every level of another width, so that nothing fits by chance.
@@ -30,47 +32,132 @@ def bk_sdm_source(key: str, kind: str) -> str:
     if parts[0] == "up_blocks":
         if parts[2] in ("resnets", "attentions") and parts[3] == "1":
             parts[3] = "2"
-        if kind == "tiny":
+        if kind in ("tiny", "turbo"):
             parts[1] = {"0": "1", "1": "2", "2": "3"}[parts[1]]
     return ".".join(parts)
 
 
-@pytest.mark.parametrize("kind", ["base", "small", "tiny"])
+def pruned(config: UNetConfig, kind: str) -> UNetConfig:
+    return presets.turbo(config) if kind == "turbo" else presets.bk_sdm(config, kind)
+
+
+@pytest.mark.parametrize("kind", ["base", "small", "tiny", "turbo"])
 def test_every_tensor_of_a_pruned_student_is_its_bk_sdm_source(kind):
-    shape = TEACHER_OF_TINY if kind == "tiny" else TEACHER
-    student = presets.bk_sdm(shape, kind)
+    shape = TEACHER_OF_TINY if kind in ("tiny", "turbo") else TEACHER
+    student = pruned(shape, kind)
     params = oracle.random_like(oracle.abstract_unet(shape))
     own = oracle.random_like(oracle.abstract_unet(student))
-    copied, random = surgery.copy_from_teacher(student, shape, own, params)
-    assert random == []
-    teacher, ours = convert.to_torch(params), convert.to_torch(copied)
+    copied = surgery.copy_from_teacher(student, shape, own, params)
+    assert not copied.fresh
+    teacher, ours = convert.to_torch(params), convert.to_torch(copied.params)
     assert ours.keys() == convert.to_torch(own).keys()
+    sources = {key: bk_sdm_source(key, kind) for key in ours}
     for key, tensor in ours.items():
-        np.testing.assert_array_equal(tensor, teacher[bk_sdm_source(key, kind)], err_msg=key)
+        np.testing.assert_array_equal(tensor, teacher[sources[key]], err_msg=key)
+    assert {keys.torch_key(path) for path in copied.taken} == ours.keys()
+    left_out = {keys.torch_key(path) for path in copied.left_out}
+    assert left_out == teacher.keys() - set(sources.values())
+    top = "down_blocks.0.attentions.0.proj_in.weight"
+    assert (top in left_out) == (kind == "turbo")
 
 
-def test_what_the_teacher_lacks_is_listed_and_what_does_not_fit_is_refused():
+def test_what_the_teacher_lacks_or_has_otherwise_stays_random_and_is_listed():
     student = presets.bk_sdm(TEACHER, "base")
     own = oracle.random_like(oracle.abstract_unet(student))
     params = oracle.random_like(oracle.abstract_unet(TEACHER))
     del params["mid_block"]
-    copied, random = surgery.copy_from_teacher(student, TEACHER, own, params)
-    assert random and all(path.startswith("mid_block/") for path in random)
-    assert copied["mid_block"] == own["mid_block"]
-    params["conv_in"]["bias"] = params["conv_in"]["bias"][:3]
     params["conv_out"]["bias"] = params["conv_out"]["bias"][:3]
-    with pytest.raises(ValueError, match=r"conv_in/bias \(8,\) <- .*\n.*conv_out/bias"):
+    copied = surgery.copy_from_teacher(student, TEACHER, own, params)
+    assert copied.fresh.pop(("conv_out", "bias")) == "(4,) <- conv_out/bias (3,)"
+    assert copied.params["conv_out"]["bias"] is own["conv_out"]["bias"]
+    assert ("conv_out", "bias") in copied.left_out
+    assert copied.fresh and all(path[0] == "mid_block" for path in copied.fresh)
+    assert copied.params["mid_block"] == own["mid_block"]
+    assert surgery.in_modules(copied.fresh) == (
+        "mid_block/attentions_0, mid_block/resnets_0, mid_block/resnets_1"
+    )
+
+
+def test_a_student_that_mostly_fits_nowhere_is_refused():
+    student = dataclasses.replace(presets.bk_sdm(TEACHER, "base"), block_out_channels=(12,) * 4)
+    own = oracle.random_like(oracle.abstract_unet(student))
+    params = oracle.random_like(oracle.abstract_unet(TEACHER))
+    with pytest.raises(
+        ValueError, match=r"no pruned teacher.*\n.*conv_in/bias: \(12,\) <- .*\(8,\)"
+    ):
         surgery.copy_from_teacher(student, TEACHER, own, params)
 
 
 @pytest.mark.parametrize("kind", ["base", "small", "tiny"])
 def test_the_copy_fits_the_published_shapes(kind, shared):
     path = shared / "hf_configs/bk_sdm/sd21" / f"bk_{kind}" / "config.json"
-    student = UNetConfig.from_dict(json.loads(path.read_text()))
+    copy_of_shapes(UNetConfig.from_dict(json.loads(path.read_text())))
+
+
+def test_the_copy_fits_turbo_at_full_size():
+    copy_of_shapes(presets.turbo(presets.SD2_UNET))
+
+
+def copy_of_shapes(student: UNetConfig) -> None:
     shapes = [
         {p: np.broadcast_to(np.float32(0), x.shape) for p, x in keys.flatten(tree).items()}
         for tree in map(oracle.abstract_unet, (student, presets.SD2_UNET))
     ]
     own, params = map(keys.unflatten, shapes)
-    _, random = surgery.copy_from_teacher(student, presets.SD2_UNET, own, params)
-    assert random == []
+    assert not surgery.copy_from_teacher(student, presets.SD2_UNET, own, params).fresh
+
+
+# Tiny autoencoders
+
+# Layers that d3_turbo keeps of TAESD's, counted by hand: convolutions, and one block a stage.
+KEPT = {"encoder": (0, 2, 3, 6, 7, 10, 11, 14), "decoder": (0, 2, 6, 7, 11, 12, 16, 18)}
+PLACES = {"encoder": (0, 1, 2, 3, 4, 5, 6, 7), "decoder": (0, 2, 4, 5, 7, 8, 10, 11)}
+
+
+def test_turbo_takes_taesds_own_weights(shared):
+    taesd, params = hub.load_autoencoder(shared / "weights/taesd")
+    config, kept = surgery.prune_tiny_autoencoder(taesd, params, presets.TAESD_TURBO)
+    assert config == presets.TAESD_TURBO
+    abstract = oracle.abstract_tiny(config)
+    assert jax.tree.structure(kept) == jax.tree.structure(abstract)
+    jax.tree.map(lambda x, y: np.testing.assert_array_equal(x.shape, y.shape), kept, abstract)
+    for side in KEPT:
+        assert len(kept[side]) == len(KEPT[side])
+        for place, origin in zip(PLACES[side], KEPT[side], strict=True):
+            assert kept[side][f"layers_{place}"] is params[side][f"layers_{origin}"]
+
+
+def test_a_block_that_does_nothing_can_be_dropped():
+    # After another block's ReLU, a block whose branch ends in zeros is the identity.
+    config = TinyAutoencoderConfig(
+        encoder_block_out_channels=(8,) * 4, decoder_block_out_channels=(8,) * 4
+    )
+    params = oracle.random_like(oracle.abstract_tiny(config))
+    idle = {"encoder": (4, 5, 8, 9, 12, 13), "decoder": (3, 4, 8, 9, 13, 14)}
+    for side, numbers in idle.items():
+        for number in numbers:
+            conv = params[side][f"layers_{number}"]["conv_4"]
+            conv.update(jax.tree.map(np.zeros_like, conv))
+    like = dataclasses.replace(config, num_encoder_blocks=(1,) * 4, num_decoder_blocks=(1, 1, 1, 2))
+    pruned_config, kept = surgery.prune_tiny_autoencoder(config, params, like)
+    assert pruned_config.num_decoder_blocks == (1,) * 4  # of the last stage there is but one
+    for side, module, x in (
+        ("encoder", TinyEncoder, oracle.normal(1, 1, 16, 24, 3)),
+        ("decoder", TinyDecoder, oracle.normal(2, 1, 2, 3, 4)),
+    ):
+        whole, lighter = (
+            oracle.run(module(c).apply, {"params": p[side]}, x)
+            for c, p in ((config, params), (pruned_config, kept))
+        )
+        np.testing.assert_allclose(lighter, whole, rtol=1e-5, atol=1e-5)
+
+
+def test_autoencoders_of_other_cells_are_refused():
+    three = TinyAutoencoderConfig(
+        encoder_block_out_channels=(8,) * 3,
+        decoder_block_out_channels=(8,) * 3,
+        num_encoder_blocks=(1,) * 3,
+        num_decoder_blocks=(1,) * 3,
+    )
+    with pytest.raises(ValueError, match="3 stages, so cells of 4 pixels; 4 stages"):
+        surgery.prune_tiny_autoencoder(three, {}, presets.TAESD)

@@ -9,12 +9,13 @@ import pytest
 from ml_collections import ConfigDict
 
 from configs import common, quickstart, stage1, stage2
-from d3epth_jax import main, runs, train
+from d3epth_jax import from_config, main, runs, train
 from d3epth_jax.checkpoint import Checkpoints
 from d3epth_jax.data.sources.files import SourceError
 from d3epth_jax.metric_writer import MetricWriter, read_metrics
 from d3epth_jax.models import presets
 from d3epth_jax.models.depth_model import init_params
+from d3epth_jax.train_state import HostAverage
 from d3epth_jax.weights import hub
 from tests.conftest import small_model, small_unet, write_pairs
 
@@ -51,12 +52,17 @@ def weights(directory) -> dict[str, bytes]:
     return {str(p.relative_to(directory)): p.read_bytes() for p in directory.rglob("*.safetensors")}
 
 
-@pytest.mark.parametrize("source", ["folder", "procedural"])
+@pytest.mark.parametrize(
+    "source", ["folder", "procedural", pytest.param("little memory", marks=pytest.mark.slow)]
+)
 def test_interrupted_run_resumes_bit_for_bit(source, pairs, tmp_path, monkeypatch):
     config = teacher_config(pairs)
     if source == "procedural":
         config.data.source = common.procedural(common.PROCEDURAL_TRAIN, 1000)
         config.data.height, config.data.width = 16, 24
+    if source == "little memory":
+        config.optim.moments = "bfloat16"
+        config.train.host_ema_every = 3  # a checkpoint every 2 steps falls between updates
     train.run(config, tmp_path / "whole")
 
     def interrupted(self, step, values, **kwargs):
@@ -95,6 +101,75 @@ def leaves_of_last_checkpoint(workdir) -> dict[str, np.ndarray]:
     data = json.loads((path / "data" / "metadata").read_text())
     flat = jax.tree_util.tree_flatten_with_path({"state": state, "data": data})[0]
     return {jax.tree_util.keystr(key): np.asarray(value) for key, value in flat}
+
+
+@pytest.mark.slow
+def test_an_average_on_the_host_is_the_devices(pairs, tmp_path):
+    averages = []
+    for every in (0, 1):
+        config = teacher_config(pairs, steps=3)
+        config.train.host_ema_every = every
+        _, params, *_ = hub.load_model(train.run(config, tmp_path / str(every)))
+        averages.append(params)
+    differences = jax.tree.map(lambda a, b: float(np.abs(a - b).max()), *averages)
+    assert max(jax.tree.leaves(differences)) < 1e-6
+    # `convert` and further stages read a checkpoint of either.
+    start = from_config.read_run(tmp_path / "1")
+    jax.tree.map(np.testing.assert_array_equal, start.params["unet"], averages[1]["unet"])
+
+
+def test_an_average_on_the_host_decays_as_over_the_steps_between():
+    params = {"kernel": np.ones(3, np.float32)}
+    average = HostAverage({"kernel": np.zeros(3, np.float32)}, every=2, maximum=0.9999)
+    average.update(1, params)
+    assert average.params["kernel"][0] == 0
+    average.update(2, params)
+    np.testing.assert_allclose(average.params["kernel"], 1 - 1 / 10 * 2 / 11, rtol=1e-6)
+
+
+def test_a_normal_run_compiles_one_program_per_shape_of_batch(pairs, tmp_path, monkeypatch, caplog):
+    made = []
+
+    class Watched(train.OneProgramPerShape):
+        def __init__(self, step):
+            super().__init__(step)
+            made.append(self)
+
+        def __call__(self, state, frozen, batch):
+            result = super().__call__(state, frozen, batch)
+            # Its memory is the new state's.
+            kept = [
+                f"{jax.tree_util.keystr(path)} {x.shape}"
+                for path, x in jax.tree.leaves_with_path(state)
+                if x.size > 3 and not x.is_deleted()  # those of 3 XLA copies
+            ]
+            assert not kept
+            return result
+
+    monkeypatch.setattr(train, "OneProgramPerShape", Watched)
+    config = teacher_config(pairs, steps=6)
+    config.data.also.wide = common.other(0.5, common.folder(str(pairs), "train"), 24, 48)
+    train.run(config, tmp_path)
+    assert made[0].programs == 2
+    config.train.steps = 7  # resumed
+    (tmp_path / "config.json").unlink()
+    train.run(config, tmp_path)
+    assert made[1].programs == 1
+    assert not [message for message in caplog.messages if "compiled again" in message]
+
+
+def test_a_further_compilation_of_the_step_is_told(caplog):
+    step = train.OneProgramPerShape(jax.jit(lambda state, frozen, batch: state + batch["image"]))
+    batch = {"image": np.zeros((2, 3), np.float32)}
+    with caplog.at_level("WARNING", logger="d3epth_jax"):
+        step(np.float32(1), {}, batch)
+        step(np.float32(2), {}, batch)
+        step(np.float32(2), {}, {"image": np.zeros((4, 3), np.float32)})
+        assert not caplog.messages
+        step(np.int32(2), {}, batch)
+        step(np.int32(3), {}, batch)
+    assert len(caplog.messages) == 1
+    assert "compiled again" in caplog.text and "image float32[2, 3]" in caplog.text
 
 
 def test_finished_run_is_not_trained_again(pairs, tmp_path, monkeypatch):

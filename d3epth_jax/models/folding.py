@@ -11,12 +11,13 @@ class Folding:
       time: the timestep; its embedding is a bias in every ResNet.
       prompt_tokens: of the prompt, where attention to it is cheaper so (`layers.collapses`); 0:
         the prompt is an input.
-      upsampling: the upsampling before a convolution (`layers.PhaseConv`).
+      upsampling: the upsampling before a convolution (`layers.PhaseConv`), in these of the networks
+        "unet" and "decoder".
     """
 
     time: bool = False
     prompt_tokens: int = 0
-    upsampling: bool = False
+    upsampling: tuple[str, ...] = ()
 
 
 NOT_FOLDED = Folding()

@@ -370,15 +370,16 @@ class PhaseConv(nn.Module):
 
 def phase_kernel(kernel):
     """A 3x3 kernel [3, 3, Cin, Cout] as PhaseConv's: taps that meet the same cell are added."""
+    xp = np if isinstance(kernel, np.ndarray) else jnp
 
     def split(k):
         # An even row sees the row before and, twice, its own; an odd one its own twice, and the
         # next.
-        return np.stack([np.stack([k[0], k[1] + k[2]]), np.stack([k[0] + k[1], k[2]])])
+        return xp.stack([xp.stack([k[0], k[1] + k[2]]), xp.stack([k[0] + k[1], k[2]])])
 
     rows = split(kernel)  # [a, row, 3, Cin, Cout]
-    both = split(np.moveaxis(rows, 2, 0))  # [b, column, a, row, Cin, Cout]
-    return np.transpose(both, (2, 0, 3, 1, 4, 5))
+    both = split(xp.moveaxis(rows, 2, 0))  # [b, column, a, row, Cin, Cout]
+    return xp.transpose(both, (2, 0, 3, 1, 4, 5))
 
 
 def whole_kernel(kernel):

@@ -62,6 +62,7 @@ class TinyDecoder(nn.Module):
         layers.check_latent("TinyDecoder: latent", latent, c.latent_channels)
         width = c.decoder_block_out_channels[0]
         numbered = _Layers(self.dtype, self.remat)
+        phases = "decoder" in self.folding.upsampling
         x = 3 * jnp.tanh(latent / 3)
         x = nn.relu(numbered.conv(width)(x))
         numbered.skip()
@@ -69,7 +70,7 @@ class TinyDecoder(nn.Module):
             for _ in range(blocks):
                 x = numbered.block()(x)
             numbered.skip()
-            x = numbered.upsample(x, width, phases=self.folding.upsampling)
+            x = numbered.upsample(x, width, phases=phases)
         for _ in range(c.num_decoder_blocks[-1]):
             x = numbered.block()(x)
         x = numbered.conv(c.out_channels, dtype=jnp.float32)(x)

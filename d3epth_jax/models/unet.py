@@ -157,7 +157,7 @@ class UpBlock(_Block):
             if self.attend:
                 x, _ = self.transformer(i)(x, prompt)
         if size is not None:
-            phases = self.folding.upsampling
+            phases = "unet" in self.folding.upsampling
             x = layers.Upsample(self.dtype, phases, name="upsamplers_0")(x, size)
         return x
 

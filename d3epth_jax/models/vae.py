@@ -124,7 +124,7 @@ class _UpBlock(_Block):
             x = self.resnet(i, self.channels)(x)
         if self.upsample:
             double = (2 * x.shape[1], 2 * x.shape[2])
-            phases = self.folding.upsampling
+            phases = "decoder" in self.folding.upsampling
             x = layers.Upsample(self.dtype, phases, name="upsamplers_0")(x, double)
         return x
 

@@ -10,6 +10,7 @@ from d3epth_jax import inference, losses, targets
 from d3epth_jax.models.config import UNetConfig
 from d3epth_jax.models.depth_model import DepthModel, abstract_params
 from d3epth_jax.typing import Batch, Latent, Params
+from d3epth_jax.weights import fold
 
 LESSON = ("rgb_latent", "teacher_latent")  # what `teach` gives of every picture,
 TARGET = ("gt_latent", "latent_mask", "has_target")  # and of its depth
@@ -205,7 +206,8 @@ def make_loss(
         rgb = lesson["rgb_latent"].astype(jnp.float32)
         if not share_encoder:
             rgb = inference.encode_image(model, params, inference.to_float(batch["image"]))
-        latent, features = inference.predict_latent(model, params, rgb)
+        of_student, folded = fold.fold_in_training(model, params)
+        latent, features = inference.predict_latent(of_student, folded, rgb)
 
         everything = {}
         weights = {}

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 
 from d3epth_jax import alignment, inference, losses, targets
 from d3epth_jax.models.depth_model import DepthModel
+from d3epth_jax.weights import fold
 
 TASKS = ("ssi", "edge")  # what dynamic task weighting balances; every other term keeps its weight
 
@@ -68,8 +69,9 @@ def make_loss(
         mask = batch["mask"] & has_target[:, None, None, None]
 
         rgb_latent = inference.encode_image(model, params, image)
-        latent, _ = inference.predict_latent(model, params, rgb_latent)
-        depth = inference.decode_depth(model, params, latent)
+        of_student, folded = fold.fold_in_training(model, params)
+        latent, _ = inference.predict_latent(of_student, folded, rgb_latent)
+        depth = inference.decode_depth(of_student, folded, latent)
 
         of_fit = {"penalty": penalty, "stop_gradient_alignment": stop_gradient_alignment}
         hybrid = losses.hybrid_depth(

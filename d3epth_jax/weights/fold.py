@@ -14,6 +14,8 @@ folded parameters share every array that did not change with the others.
 import dataclasses
 from collections.abc import Iterable
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
 from d3epth_jax.models import layers
@@ -29,7 +31,8 @@ def fold(
 ) -> tuple[DepthModel, Params]:
     """(model, parameters) with these pieces folded; None: all that a single step allows.
 
-    `time`, `latent` and `head` mean one step of inference from a zero latent (SINGLE_STEP). Raises
+    `time`, `latent` and `head` mean one step of inference from a zero latent (SINGLE_STEP).
+    `prompt` and `upsampling` can be folded inside a training step too (`fold_in_training`). Raises
     ValueError for unknown pieces, and for a head of which the latent is no multiple.
     """
     pieces = foldable(model) if pieces is None else tuple(pieces)
@@ -50,6 +53,57 @@ def foldable(model: DepthModel) -> tuple[str, ...]:
         "head": model.schedule.clip_sample,
     }
     return tuple(piece for piece in PIECES if not absent.get(piece))
+
+
+def fold_teacher(
+    model: DepthModel, params: Params, *, single_step: bool
+) -> tuple[DepthModel, Params]:
+    """A teacher that does not train, and gives the same z0 and features but for rounding.
+
+    single_step: it takes its one step from a zero latent.
+    """
+    if single_step:
+        # The head gives z0, as in training: a DDIM step that ends where no noise is left.
+        schedule = dataclasses.replace(model.schedule, set_alpha_to_one=True)
+        model = dataclasses.replace(model, schedule=schedule)
+    unless = () if single_step else SINGLE_STEP
+    return fold(model, params, [piece for piece in foldable(model) if piece not in unless])
+
+
+def fold_in_training(model: DepthModel, params: Params) -> tuple[DepthModel, Params]:
+    """A training step's model and traced parameters, with fewer operations forth and back.
+
+    The gradient flows through the folding, to the parameters as they are saved.
+    """
+    pieces = [p for p in ("prompt", "upsampling") if p in foldable(model)]
+    return fold(model, params, pieces)
+
+
+def fold_frozen(model: DepthModel, trainable: Params, rest: Params) -> tuple[DepthModel, Params]:
+    """(model, `rest`) with folded what does not train: of networks that are in `rest` as a whole.
+
+    The gradient flows through them as it would otherwise. Merged with `trainable` they are the
+    parameters of the model that is returned; what is saved is made with the `rest` given.
+    """
+    whole = {part: tree for part, tree in rest.items() if part not in trainable}
+    pieces = ("upsampling", "mean") if "decoder" in whole else ("upsampling",)
+    model, folded = fold(model, whole, pieces)
+    return model, {**rest, **folded}
+
+
+def cast_kernels(model: DepthModel, params: Params) -> Params:
+    """Kernels, and the prompt, in the model's compute type, to which each call would cast them.
+
+    No number that is computed changes: norms, biases and the decoder's last convolution, which
+    compute in float32 or cost nothing to cast, stay as they are.
+    """
+    flat, kind = keys.flatten(params), jnp.dtype(model.dtype)
+    last = ("decoder", _last_of_decoder(flat), "kernel")
+    cast = {
+        path: x if x.ndim < 2 or path == last else x.astype(kind, copy=False)
+        for path, x in flat.items()
+    }
+    return keys.unflatten(cast)
 
 
 def _time(model: DepthModel, flat: Flat) -> DepthModel:
@@ -75,7 +129,7 @@ def _time(model: DepthModel, flat: Flat) -> DepthModel:
 
 
 def _prompt(model: DepthModel, flat: Flat) -> DepthModel:
-    prompt = np.asarray(flat["prompt",], np.float64)[0]  # [N, D]
+    prompt = _exact(flat["prompt",])[0]  # [N, D]
     tokens = len(prompt)
     for path in [p for p in flat if p[-3:] == ("attn2", "to_q", "kernel")]:
         block = path[:-2]
@@ -94,15 +148,16 @@ def _prompt(model: DepthModel, flat: Flat) -> DepthModel:
                 ("to_out_0", "bias"),
             )
         )
+        xp = _library(prompt, q, k, v, out)
         q = q.reshape(channels, heads, -1)
         key, value = ((prompt @ x).reshape(tokens, heads, -1) for x in (k, v))
         out = out.reshape(heads, -1, channels)
-        scores = np.einsum("chd,nhd->chn", q, key[1:] - key[:1]) * q.shape[-1] ** -0.5
-        mixed = np.einsum("nhd,hdc->hnc", value[1:] - value[:1], out)
+        scores = xp.einsum("chd,nhd->chn", q, key[1:] - key[:1]) * q.shape[-1] ** -0.5
+        mixed = xp.einsum("nhd,hdc->hnc", value[1:] - value[:1], out)
         folded = {
             ("to_scores", "kernel"): scores.reshape(channels, -1),
             ("to_out_0", "kernel"): mixed.reshape(-1, channels),
-            ("to_out_0", "bias"): bias + np.einsum("hd,hdc->c", value[0], out),
+            ("to_out_0", "bias"): bias + xp.einsum("hd,hdc->c", value[0], out),
         }
         flat |= {(*block, *names): x.astype(kind) for names, x in folded.items()}
     model = _note(model, prompt_tokens=tokens)
@@ -138,10 +193,13 @@ def _head(model: DepthModel, flat: Flat) -> DepthModel:
 
 
 def _upsampling(model: DepthModel, flat: Flat) -> DepthModel:
-    for path in [p for p in flat if _follows_upsampling(p, flat)]:
-        folded = layers.phase_kernel(np.asarray(flat[path], np.float32))
-        flat[path] = folded.astype(flat[path].dtype)
-    return _note(model, upsampling=True)
+    parts = set(model.folding.upsampling)
+    before = model.folding.upsampling
+    for path in [p for p in flat if p[0] not in before and _follows_upsampling(p, flat)]:
+        kernel = flat[path]
+        flat[path] = layers.phase_kernel(_exact(kernel)).astype(kernel.dtype)
+        parts.add(path[0])
+    return _note(model, upsampling=tuple(sorted(parts)))
 
 
 def _follows_upsampling(path: keys.Path, flat: Flat) -> bool:
@@ -151,14 +209,17 @@ def _follows_upsampling(path: keys.Path, flat: Flat) -> bool:
 
 
 def _mean(model: DepthModel, flat: Flat) -> DepthModel:
-    numbered = [path[1] for path in flat if path[0] == "decoder" and "layers_" in path[1]]
-    last = max(numbered, key=lambda name: int(name.removeprefix("layers_")), default="conv_out")
     for name in ("kernel", "bias"):
-        path = ("decoder", last, name)
+        path = ("decoder", _last_of_decoder(flat), name)
         x = np.asarray(flat[path])
         flat[path] = x.astype(np.float64).mean(-1, keepdims=True).astype(x.dtype)
     autoencoder = dataclasses.replace(model.autoencoder, out_channels=1)
     return dataclasses.replace(model, autoencoder=autoencoder)
+
+
+def _last_of_decoder(flat: Flat) -> str:
+    numbered = [path[1] for path in flat if path[0] == "decoder" and "layers_" in path[1]]
+    return max(numbered, key=lambda name: int(name.removeprefix("layers_")), default="conv_out")
 
 
 _FOLDS = {
@@ -191,8 +252,16 @@ def _silu(x: np.ndarray) -> np.ndarray:
 
 
 def _pop(flat: Flat, path: keys.Path) -> np.ndarray:
-    """Sums over thousands of products are formed in float64."""
-    return np.asarray(flat.pop(path), np.float64)
+    return _exact(flat.pop(path))
+
+
+def _exact(x) -> np.ndarray | jax.Array:
+    """Sums over thousands of products are formed in float64, but for parameters in training."""
+    return x.astype(jnp.float32) if isinstance(x, jax.core.Tracer) else np.asarray(x, np.float64)
+
+
+def _library(*arrays):
+    return jnp if any(isinstance(x, jax.core.Tracer) for x in arrays) else np
 
 
 def _add(flat: Flat, path: keys.Path, value: np.ndarray) -> None:

@@ -2,12 +2,12 @@
 
 import dataclasses
 import re
-from collections.abc import Mapping
-from typing import Any, Literal
+from collections.abc import Iterable, Mapping
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from d3epth_jax.models.config import UNetConfig
+from d3epth_jax.models.config import TinyAutoencoderConfig, UNetConfig
 from d3epth_jax.models.depth_model import DepthModel
 from d3epth_jax.models.presets import SINGLE_STEP
 from d3epth_jax.typing import Params
@@ -72,32 +72,61 @@ def to_single_step(
     return model, {**params, "unet": unet}
 
 
+class Copied(NamedTuple):
+    """A student's parameters after a copy, and what became of every path.
+
+    Attributes:
+      params: the student's tree.
+      taken: the paths that have the teacher's values.
+      fresh: those that keep their own, with the reason: none of the teacher's fits.
+      left_out: the teacher's paths that nothing was made of.
+    """
+
+    params: Params
+    taken: list[keys.Path]
+    fresh: dict[keys.Path, str]
+    left_out: list[keys.Path]
+
+
 def copy_from_teacher(
     student: UNetConfig, teacher: UNetConfig, student_params: Params, teacher_params: Params
-) -> tuple[Params, list[str]]:
+) -> Copied:
     """A pruned UNet's parameters from its teacher's, as BK-SDM does (METHOD 6).
 
-    Returns the student's tree and the paths of what has no source there and keeps the values of
-    `student_params`. Raises ValueError, naming every parameter whose source has another shape.
+    What the teacher lacks, or has in another shape, keeps the values of `student_params`. Raises
+    ValueError, naming all of that, where it is more than half of the student.
     """
     levels, more = len(student.block_out_channels), len(teacher.block_out_channels)
-    source = keys.flatten(teacher_params)
-    copied, random, problems = {}, [], []
-    for path, own in keys.flatten(student_params).items():
-        origin = _teacher_path(path, pruned=student.layers_per_block < teacher.layers_per_block,
-                               dropped=more - levels)  # fmt: skip
+    source, own = keys.flatten(teacher_params), keys.flatten(student_params)
+    origins = {
+        path: _teacher_path(
+            path,
+            pruned=student.layers_per_block < teacher.layers_per_block,
+            dropped=more - levels,
+        )
+        for path in own
+    }
+    fresh = {}
+    for path, origin in origins.items():
         if origin not in source:
-            copied[path] = own
-            random.append("/".join(path))
-        elif source[origin].shape != own.shape:
-            problems.append(
-                f"{'/'.join(path)} {own.shape} <- {'/'.join(origin)} {source[origin].shape}"
-            )
-        else:
-            copied[path] = source[origin]
-    if problems:
-        raise ValueError("\n  ".join(["the student is no pruned teacher:", *problems]))
-    return keys.unflatten(copied), random
+            fresh[path] = "not in the teacher"
+        elif source[origin].shape != own[path].shape:
+            fresh[path] = f"{own[path].shape} <- {'/'.join(origin)} {source[origin].shape}"
+    total, lost = (sum(own[path].size for path in paths) for paths in (own, fresh))
+    if 2 * lost > total:
+        listed = (f"{'/'.join(path)}: {why}" for path, why in fresh.items())
+        headline = f"the student is no pruned teacher, which gives it {1 - lost / total:.0%}:"
+        raise ValueError("\n  ".join([headline, *listed]))
+    taken = {path: origin for path, origin in origins.items() if path not in fresh}
+    params = {path: source[taken[path]] if path in taken else own[path] for path in own}
+    used = set(taken.values())
+    left_out = [path for path in source if path not in used]
+    return Copied(keys.unflatten(params), list(taken), fresh, left_out)
+
+
+def in_modules(paths: Iterable[keys.Path]) -> str:
+    """The modules that paths belong to, for a log: "conv_in, down_blocks_0/resnets_0"."""
+    return ", ".join(dict.fromkeys("/".join(path[:-1][:2]) for path in paths)) or "nothing"
 
 
 def _teacher_path(path: keys.Path, *, pruned: bool, dropped: int) -> keys.Path:
@@ -109,3 +138,45 @@ def _teacher_path(path: keys.Path, *, pruned: bool, dropped: int) -> keys.Path:
         if pruned and rest[0] in ("resnets_1", "attentions_1"):
             rest[0] = rest[0].replace("_1", "_2")
     return (first, *rest)
+
+
+def prune_tiny_autoencoder(
+    config: TinyAutoencoderConfig, params: Params, like: TinyAutoencoderConfig
+) -> tuple[TinyAutoencoderConfig, Params]:
+    """A tiny autoencoder {encoder, decoder} with no more blocks at any stage than `like` has.
+
+    Of a stage's blocks the first stay. Raises ValueError if the two have not as many stages.
+    """
+    fields = ("num_encoder_blocks", "num_decoder_blocks")
+    stages = [len(c.num_encoder_blocks) for c in (config, like)]
+    if stages[0] != stages[1]:
+        raise ValueError(
+            f"the autoencoder has {stages[0]} stages, so cells of {config.downsampling} pixels;"
+            f" {stages[1]} stages with cells of {like.downsampling} are wanted"
+        )
+    fewer = {name: tuple(map(min, getattr(config, name), getattr(like, name))) for name in fields}
+    pruned = dataclasses.replace(config, **fewer)
+    kept = {}
+    for side in ("encoder", "decoder"):
+        mine, its = (_tiny_layers(side, c) for c in (pruned, config))
+        kept[side] = {name: params[side][its[role]] for role, name in mine.items()}
+    return pruned, kept
+
+
+def _tiny_layers(side: str, config: TinyAutoencoderConfig) -> dict[tuple, str]:
+    """What a layer does -> its name.
+
+    Torch's nn.Sequential numbers layers in order: a block dropped shifts all numbers after it.
+    """
+    counts = getattr(config, f"num_{side}_blocks")
+    blocks = [[("block", stage, i) for i in range(n)] for stage, n in enumerate(counts)]
+    roles: list[tuple | None] = []  # None: without parameters
+    if side == "encoder":
+        for stage, its_blocks in enumerate(blocks):
+            roles += [("conv", stage), *its_blocks]
+    else:
+        roles += [("first",), None]  # and its activation
+        for stage, its_blocks in enumerate(blocks[:-1]):
+            roles += [*its_blocks, None, ("conv", stage)]  # upsampled before
+        roles += blocks[-1]
+    return {role: f"layers_{i}" for i, role in enumerate([*roles, ("last",)]) if role}

@@ -1,0 +1,142 @@
+"""How fast diffusers predicts with the same weights: `python -m d3epth_jax.compare_diffusers`.
+
+The one module that imports torch and diffusers, in a process of its own (bench_worker.py); nothing
+of the package imports it. Its requests are those of bench.py.
+"""
+
+import json
+import pathlib
+import time
+
+import diffusers
+import numpy as np
+import safetensors.torch
+import torch
+from PIL import Image
+
+from d3epth_jax.bench_worker import cores, forget_peak_memory, peak_memory, serve
+
+PROMPT = "empty_prompt.safetensors"  # weights.hub.PROMPT, without JAX in this process
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+VARIANTS = ("eager", "channels_last", *(["compiled"] if DEVICE == "cuda" else []))
+
+
+class Theirs:
+    """diffusers' MarigoldDepthPipeline, measured; the methods are the requests."""
+
+    def open(self, directory: str, size, batch: int, dtype: str, steps: int) -> dict:
+        """Reads a model directory; as many threads as there are cores to use."""
+        torch.set_num_threads(cores())
+        self.size, self.batch, self.steps = tuple(size), batch, steps
+        self.type = getattr(torch, dtype)
+        self.pipe = read(pathlib.Path(directory), self.type).to(DEVICE)
+        self.pipe.set_progress_bar_config(disable=True)
+        forget_peak_memory()
+        return {
+            "variants": VARIANTS,
+            "threads": torch.get_num_threads(),
+            "torch": torch.__version__,
+            "diffusers": diffusers.__version__,
+            "device": torch.cuda.get_device_name() if DEVICE == "cuda" else "cpu",
+        }
+
+    def prepare(self, variant: str) -> dict:
+        """eager as read; channels_last in memory; compiled is that and torch.compile."""
+        parts = (self.pipe.unet, self.pipe.vae)
+        if variant != "eager":
+            for part in parts:
+                part.to(memory_format=torch.channels_last)
+        if variant == "compiled":
+            self.pipe.unet.compile()
+            for part in (self.pipe.vae.encoder, self.pipe.vae.decoder):
+                part.compile()
+        return {}
+
+    @torch.inference_mode()
+    def run(self, picture: str, save: str = "") -> dict:
+        """The whole pipeline, from the uint8 picture of a file.npy, from zero latents."""
+        pictures = [Image.fromarray(np.load(picture))] * self.batch
+        cells = [-(-side // self.pipe.vae_scale_factor) for side in self.size]
+        channels = self.pipe.vae.config.latent_channels
+        latents = torch.zeros((self.batch, channels, *cells), dtype=self.type, device=DEVICE)
+        began = time.perf_counter()
+        out = self.pipe(
+            pictures,
+            num_inference_steps=self.steps,
+            processing_resolution=0,
+            batch_size=self.batch,
+            latents=latents,
+        )
+        seconds = time.perf_counter() - began  # the result is in NumPy: the device has finished
+        if save:
+            np.save(save, out.prediction)
+        return {"seconds": seconds}
+
+    @torch.inference_mode()
+    def part(self, part: str) -> dict:
+        """One network, its inputs on the device."""
+        vae, unet, factor = self.pipe.vae, self.pipe.unet, self.pipe.vae_scale_factor
+        cells = [-(-side // factor) for side in self.size]
+        channels = self.pipe.vae.config.latent_channels
+
+        def noise(channels, size):
+            shape = (self.batch, channels, *size)
+            return torch.randn(shape, dtype=self.type, device=DEVICE)
+
+        if part == "encoder":
+            image = noise(3, [factor * cell for cell in cells])
+            function, arguments = vae.encode, (image,)
+        elif part == "decoder":
+            function, arguments = vae.decode, (noise(channels, cells),)
+        else:
+            prompt = self.pipe.empty_text_embedding.to(DEVICE, self.type).repeat(self.batch, 1, 1)
+            sample = noise(unet.config.in_channels, cells)
+            function, arguments = unet, (sample, torch.tensor(999, device=DEVICE), prompt)
+        wait()
+        began = time.perf_counter()
+        function(*arguments)
+        wait()
+        return {"seconds": time.perf_counter() - began}
+
+    def memory(self) -> dict:
+        """The most memory there has been in use since the model was read."""
+        if DEVICE == "cuda":
+            return {"bytes": torch.cuda.max_memory_allocated(), "kind": "the device's allocator"}
+        return {"bytes": peak_memory(), "kind": "resident set of the process"}
+
+
+def read(directory: pathlib.Path, dtype: torch.dtype) -> diffusers.MarigoldDepthPipeline:
+    """A model directory, with its own text encoder or the embedding that stands for it."""
+    if (directory / "text_encoder").is_dir():
+        return diffusers.MarigoldDepthPipeline.from_pretrained(directory, torch_dtype=dtype)
+    index = json.loads((directory / "model_index.json").read_text())
+    vae = getattr(diffusers, index["vae"][1])
+    networks = {
+        "unet": (diffusers.UNet2DConditionModel, "unet"),
+        "vae": (vae, "vae"),
+    }
+    pipe = diffusers.MarigoldDepthPipeline(
+        **{
+            name: kind.from_pretrained(directory / folder, torch_dtype=dtype)
+            for name, (kind, folder) in networks.items()
+        },
+        scheduler=diffusers.DDIMScheduler.from_pretrained(directory / "scheduler"),
+        text_encoder=None,
+        tokenizer=None,
+        prediction_type=index["prediction_type"],
+        default_denoising_steps=index["default_denoising_steps"],
+        default_processing_resolution=index["default_processing_resolution"],
+    )
+    pipe.empty_text_embedding = safetensors.torch.load_file(directory / PROMPT)["prompt"][None]
+    return pipe
+
+
+def wait() -> None:
+    if DEVICE == "cuda":
+        torch.cuda.synchronize()
+
+
+if __name__ == "__main__":
+    theirs = Theirs()
+    names = ("open", "prepare", "run", "part", "memory")
+    serve({name: getattr(theirs, name) for name in names})

@@ -1,0 +1,8 @@
+import pytest
+
+from tests import train_speed
+
+
+@pytest.mark.slow
+def test_a_training_step_keeps_up_with_torchs():
+    assert train_speed.in_its_own_process(rounds=3)["step"] >= train_speed.WANTED

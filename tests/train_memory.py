@@ -1,0 +1,87 @@
+"""What a training step of configs/stage2.py:24gb holds: `python -m tests.train_memory [WIDTH]`.
+
+The full-size program is compiled for shapes alone, without weights or data; WIDTH 0.25 makes every
+network a quarter as wide. The bytes of arguments are exact anywhere. Those of temporaries are this
+machine's compiler's: on a CPU XLA computes bfloat16 convolutions in float32, so with copies, and
+plans buffers otherwise than on a GPU; there it is less.
+"""
+
+import dataclasses
+import json
+import os
+import sys
+
+import jax
+import numpy as np
+
+from configs import stage2
+from d3epth_jax import from_config, sharding, train
+from d3epth_jax.models import presets
+from d3epth_jax.models.depth_model import DepthModel, abstract_params
+from d3epth_jax.train_state import init_train_state, split_trainable
+from d3epth_jax.weights import fold
+from tests.cache_speed import quarter
+
+CARD = 24 * 2**30
+
+
+def model_of(width: float) -> DepthModel:
+    full = DepthModel(*presets.get("d2_base"), presets.SINGLE_STEP)
+    return full if width == 1 else quarter("d2_base")
+
+
+def count(width: float = 1, config=None) -> dict[str, int]:
+    """Bytes of the step that `config` makes, by kind, and their sum `peak`."""
+    config = config or stage2.get_config("24gb")
+    settings = {"dtype": config.model.dtype, "remat": config.model.remat}
+    model = dataclasses.replace(model_of(width), **settings)
+    # Zeros take no memory until they are written to; only the frozen part is.
+    params = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), abstract_params(model))
+    trainable, rest = split_trainable(params, tuple(config.trainable))
+    computed, of_rest = fold.fold_frozen(model, trainable, rest)
+    frozen = {"rest": fold.cast_kernels(computed, of_rest), "teacher": None}
+
+    loss_fn, tasks, beta = from_config.make_loss(
+        config, computed, params, trainable, from_config.Start()
+    )
+    tx, _, weights = from_config.make_optimizer(config, len(tasks))
+    state = jax.eval_shape(
+        lambda: init_train_state(
+            trainable, tx, weights, host_average=bool(config.train.host_ema_every)
+        )
+    )
+    size = config.data.batch_size, config.data.height, config.data.width
+    batch = {"image": ((*size, 3), "uint8"), "depth": ((*size, 1), "float32")}
+    batch["mask"] = (*size, 1), "bool"
+    batch = {name: jax.ShapeDtypeStruct(*kind) for name, kind in batch.items()}
+    mesh = sharding.make_mesh(devices=jax.devices()[:1])
+    placement = sharding.params_sharding(state, mesh)
+    step = train.jit_step(config, loss_fn, tx, weights, beta, tasks, placement, mesh)
+    compiled = step.lower(state, frozen, batch).compile()
+
+    memory = compiled.memory_analysis()
+    kinds = {
+        name: getattr(memory, f"{name}_size_in_bytes")
+        for name in ("argument", "temp", "output", "alias")
+    }
+    kinds["peak"] = kinds["argument"] + kinds["temp"] + kinds["output"] - kinds["alias"]
+    parts = {"state": state, "frozen": frozen, "batch": batch}
+    return kinds | {
+        name: sum(int(np.prod(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree))
+        for name, tree in parts.items()
+    }
+
+
+def main(width: float = 1) -> dict[str, int]:
+    sharding.use_cpu_cores(1)
+    counted = count(width)
+    for name, size in counted.items():
+        print(f"{name:9} {size / 2**30:7.3f} GiB", file=sys.stderr)
+    if width == 1:
+        print(f"of the card's {CARD / 2**30:.0f} GiB", file=sys.stderr)
+    return counted
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")
+    print(json.dumps(main(*map(float, sys.argv[1:]))))
