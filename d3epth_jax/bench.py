@@ -130,9 +130,8 @@ class Ours:
             return model, params
         return fold.fold(model, params, self._pieces())
 
-    def _pieces(self) -> list[str]:
-        every = self._zeros() is None
-        return [p for p in fold.foldable(self.pipe.model) if every or p not in fold.SINGLE_STEP]
+    def _pieces(self) -> tuple[str, ...]:
+        return fold.foldable(self.pipe.model, single_step=self._zeros() is None)
 
     def memory(self) -> dict:
         """The most memory there has been in use since the model was read."""

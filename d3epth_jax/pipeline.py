@@ -287,9 +287,7 @@ class DepthPipeline:
     def _folded(self, from_zero: bool) -> tuple[DepthModel, Params]:
         """For one step from zero latents, or for any; unchanged arrays are shared."""
         if from_zero not in self._variants:
-            pieces = fold.foldable(self.model)
-            if not from_zero:
-                pieces = [piece for piece in pieces if piece not in fold.SINGLE_STEP]
+            pieces = fold.foldable(self.model, single_step=from_zero)
             model, params = fold.fold(self.model, self.params, pieces)
             self._variants[from_zero] = model, sharding.put_params(params, self.mesh)
         return self._variants[from_zero]

@@ -45,13 +45,15 @@ def fold(
     return model, keys.unflatten(flat)
 
 
-def foldable(model: DepthModel) -> tuple[str, ...]:
-    """The pieces that the model has, for one step from a zero latent."""
+def foldable(model: DepthModel, *, single_step: bool = True) -> tuple[str, ...]:
+    """The pieces that the model has: for one step from a zero latent, or for any of both."""
     absent = {
         "prompt": not model.unet.needs_prompt,
         "latent": model.unet.in_channels == model.autoencoder.latent_channels,
         "head": model.schedule.clip_sample,
     }
+    if not single_step:
+        absent |= dict.fromkeys(SINGLE_STEP, True)
     return tuple(piece for piece in PIECES if not absent.get(piece))
 
 
@@ -66,8 +68,7 @@ def fold_teacher(
         # The head gives z0, as in training: a DDIM step that ends where no noise is left.
         schedule = dataclasses.replace(model.schedule, set_alpha_to_one=True)
         model = dataclasses.replace(model, schedule=schedule)
-    unless = () if single_step else SINGLE_STEP
-    return fold(model, params, [piece for piece in foldable(model) if piece not in unless])
+    return fold(model, params, foldable(model, single_step=single_step))
 
 
 def fold_in_training(model: DepthModel, params: Params) -> tuple[DepthModel, Params]:
@@ -193,13 +194,12 @@ def _head(model: DepthModel, flat: Flat) -> DepthModel:
 
 
 def _upsampling(model: DepthModel, flat: Flat) -> DepthModel:
-    parts = set(model.folding.upsampling)
     before = model.folding.upsampling
-    for path in [p for p in flat if p[0] not in before and _follows_upsampling(p, flat)]:
+    paths = [p for p in flat if p[0] not in before and _follows_upsampling(p, flat)]
+    for path in paths:
         kernel = flat[path]
         flat[path] = layers.phase_kernel(_exact(kernel)).astype(kernel.dtype)
-        parts.add(path[0])
-    return _note(model, upsampling=tuple(sorted(parts)))
+    return _note(model, upsampling=tuple(sorted({*before, *(path[0] for path in paths)})))
 
 
 def _follows_upsampling(path: keys.Path, flat: Flat) -> bool:
