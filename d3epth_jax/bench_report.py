@@ -1,9 +1,11 @@
 """What `d3epth bench` shows of its measurements: tables in Markdown, and a chart of MACs."""
 
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 
 from PIL import Image, ImageDraw, ImageFont
+
+from d3epth_jax.tables import format_table
 
 PARTS = {"encoder": (76, 114, 176), "unet": (221, 132, 82), "decoder": (85, 168, 104)}
 STEPS = {"stage2": 20_000, "stage1": 30_000}  # METHOD 7 and 8
@@ -32,7 +34,7 @@ def markdown(rows: Iterable[dict]) -> str:
         ("Folding", "pieces", PIECES, [x for row in rows for x in _pieces(row)]),
     ]
     text = [
-        f"### {title}\n\n{table(head, body)}\n\n{NOTES[kind]}\n"
+        f"### {title}\n\n{format_table(head, body)}\n\n{NOTES[kind]}\n"
         for title, kind, head, body in tables
         if body
     ]
@@ -56,21 +58,6 @@ def name(row: dict) -> str:
     if row["what"] == "predict":
         words.append("folded" if row["fold"] else "not folded")
     return " ".join(words)
-
-
-def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A Markdown table whose columns line up; all but the first are numbers."""
-    rows = [list(head), *map(list, rows)]
-    widths = [max(len(row[i]) for row in rows) for i in range(len(head))]
-    lines = [
-        "| " + " | ".join(
-            cell.ljust(w) if i == 0 else cell.rjust(w)
-            for i, (cell, w) in enumerate(zip(row, widths, strict=True))
-        ) + " |"
-        for row in rows
-    ]  # fmt: skip
-    rule = ["-" * (w + 2) if i == 0 else "-" * (w + 1) + ":" for i, w in enumerate(widths)]
-    return "\n".join([lines[0], f"|{'|'.join(rule)}|", *lines[1:]])
 
 
 PREDICT = (

@@ -13,6 +13,7 @@ from d3epth_jax import image as image_lib
 from d3epth_jax.data import read_samples
 from d3epth_jax.progress import Progress
 from d3epth_jax.protocols import PROTOCOLS, Protocol
+from d3epth_jax.tables import format_table
 
 COLUMNS = {  # of the table; metric key: (title, digits). All metrics are in the files.
     "abs_rel": ("AbsRel", 4),
@@ -358,20 +359,6 @@ def _batches(source, evaluated: Sequence[int], batch_size: int) -> Iterator[list
         batch.append(index)
         size, limit = this, batch_size_for(this, batch_size) if this else batch_size
     yield batch
-
-
-def format_table(header: list[str], rows: list[list[str]]) -> str:
-    """A Markdown table with aligned columns, numbers to the right."""
-    widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
-
-    def line(cells):
-        first, *rest = (cell for cell in cells)
-        padded = [first.ljust(widths[0])]
-        padded += [cell.rjust(width) for cell, width in zip(rest, widths[1:], strict=True)]
-        return f"| {' | '.join(padded)} |"
-
-    rule = "|".join(["-" * (widths[0] + 2), *("-" * (w + 1) + ":" for w in widths[1:])])
-    return "\n".join([line(header), f"|{rule}|", *map(line, rows)])
 
 
 def _or_none(value: float) -> float | None:

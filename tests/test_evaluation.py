@@ -10,8 +10,9 @@ import pytest
 
 from d3epth_jax import baselines, image
 from d3epth_jax.data.sources.folder import folder
-from d3epth_jax.evaluation import Predictor, batch_size_for, evaluate, format_table
+from d3epth_jax.evaluation import Predictor, batch_size_for, evaluate
 from d3epth_jax.protocols import PROTOCOLS, make_protocol
+from d3epth_jax.tables import format_table
 from tests import metrics_oracle
 from tests.conftest import scenes
 
