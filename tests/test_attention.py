@@ -40,15 +40,34 @@ def test_masked_keys_are_not_seen(limit):
     np.testing.assert_allclose(attention(*arrays(), mask), reference(*arrays(), mask), atol=1e-6)
 
 
-def test_gradients_do_not_depend_on_the_chunks(limit, monkeypatch):
-    def loss(*inputs):
-        return (attention(*inputs) ** 2).sum()
+@pytest.mark.parametrize("masked", [False, True])
+def test_gradients_are_those_of_the_plain_formula(limit, masked):
+    mask = np.random.default_rng(1).random((QUERIES, KEYS)) < 0.5
+    mask[:, 0] = True
+    mask = mask if masked else None
 
-    chunked = jax.grad(loss, (0, 1, 2))(*arrays())
-    monkeypatch.setitem(module.MAX_LOGITS, "cpu", 2**20)
-    whole = jax.grad(loss, (0, 1, 2))(*arrays())
-    for ours, theirs in zip(chunked, whole, strict=True):
-        np.testing.assert_allclose(ours, theirs, atol=1e-5)
+    def plain(q, k, v):
+        logits = jnp.einsum("bnhd,bmhd->bhnm", q, k) / np.sqrt(q.shape[-1])
+        logits = logits if mask is None else jnp.where(mask, logits, -jnp.inf)
+        return jnp.einsum("bhnm,bmhd->bnhd", jax.nn.softmax(logits), v)
+
+    def gradients(function):
+        return jax.jit(jax.grad(lambda *x: (function(*x) ** 2).sum(), (0, 1, 2)))(*arrays())
+
+    ours = gradients(lambda q, k, v: attention(q, k, v, mask))
+    for one, other in zip(ours, gradients(plain), strict=True):
+        np.testing.assert_allclose(one, other, atol=1e-5)
+
+
+def test_gradients_in_16_bits(limit):
+    def gradients(dtype):
+        return jax.grad(lambda *x: attention(*x).astype(jnp.float32).sum(), (0, 1, 2))(
+            *(x.astype(dtype) for x in arrays(jnp.bfloat16))
+        )
+
+    for one, other in zip(gradients(jnp.bfloat16), gradients(jnp.float32), strict=True):
+        assert one.dtype == jnp.bfloat16
+        np.testing.assert_allclose(one.astype(jnp.float32), other, atol=0.05)
 
 
 def test_large_logits_and_16_bits(limit):
@@ -72,6 +91,14 @@ def test_no_more_logits_than_the_limit_are_formed(monkeypatch):
     assert largest(jax.make_jaxpr(attention)(q, q, q).jaxpr) <= 2**20
     monkeypatch.setitem(module.MAX_LOGITS, "cpu", 2**30)
     assert largest(jax.make_jaxpr(lambda *x: attention(*x))(q, q, q).jaxpr) == 2 * 4096**2
+
+
+def test_no_more_logits_are_kept_for_the_backward_pass():
+    def gradient(q):
+        return jax.grad(lambda x: attention(x, x, x).sum())(q)
+
+    q = jax.ShapeDtypeStruct((1, 4096, 2, 8), jnp.float32)
+    assert largest(jax.make_jaxpr(gradient)(q).jaxpr) <= 2**20
 
 
 def test_unknown_implementations_are_refused():

@@ -47,22 +47,51 @@ def _chunked(q, k, v, mask):
         x = jnp.pad(x, [(0, 0)] * (x.ndim - 2) + [(0, chunks * size - queries), (0, 0)])
         return jnp.moveaxis(x.reshape(*x.shape[:-2], chunks, size, x.shape[-1]), -3, 0)
 
-    # Recomputed in the backward pass, which would keep all logits otherwise.
-    attend = jax.checkpoint(lambda part: _attend(part[0], k, v, *part[1:]))
-    out = jax.lax.map(attend, (split(q),) if mask is None else (split(q), split(mask)))
+    parts = (split(q),) if mask is None else (split(q), split(mask))
+    out = jax.lax.map(lambda part: _attend(part[0], k, v, *part[1:]), parts)
     # [chunks, B, heads, size, D] -> [B, N, heads, D]
     out = jnp.transpose(out, (1, 0, 3, 2, 4)).reshape(batch, chunks * size, heads, depth)
     return out[:, :queries]
 
 
+@jax.custom_vjp
 def _attend(q, k, v, mask=None):
-    """q [B, heads, N, D], k [B, heads, D, M], v [B, heads, M, D] -> as q."""
-    logits = jnp.einsum("bhnd,bhdm->bhnm", q, k, preferred_element_type=jnp.float32)
-    if mask is not None:
-        logits = jnp.where(mask, logits, jnp.finfo(jnp.float32).min)
-    weights = jnp.exp(logits - jax.lax.stop_gradient(logits.max(-1, keepdims=True)))
-    out = jnp.einsum(
-        "bhnm,bhmd->bhnd", weights.astype(v.dtype), v, preferred_element_type=jnp.float32
-    )
+    """q [B, heads, N, D], k [B, heads, D, M], v [B, heads, M, D], mask [N, M] -> as q."""
+    return _attend_forward(q, k, v, mask)[0]
+
+
+def _attend_forward(q, k, v, mask=None):
+    logits = _logits(q, k, mask)
+    top = logits.max(-1, keepdims=True)
+    weights = jnp.exp(logits - top)
+    total = weights.sum(-1, keepdims=True)
     # Divided by their sum at the end, where there are fewer numbers.
-    return (out / weights.sum(-1, keepdims=True)).astype(v.dtype)
+    out = (_product("bhnm,bhmd->bhnd", weights, v) / total).astype(v.dtype)
+    return out, (q, k, v, mask, out, top + jnp.log(total))
+
+
+def _attend_backward(kept, d_out):
+    """Computes the weights again, from the logarithm of their sum: nothing [N, M] was kept."""
+    q, k, v, mask, out, log_total = kept
+    weights = jnp.exp(_logits(q, k, mask) - log_total)
+    d_v = _product("bhnm,bhnd->bhmd", weights, d_out)
+    d_weights = _product("bhnd,bhmd->bhnm", d_out, v)
+    shared = jnp.sum(d_out.astype(jnp.float32) * out, axis=-1, keepdims=True)
+    d_logits = weights * (d_weights - shared)
+    d_q = _product("bhnm,bhdm->bhnd", d_logits, k)
+    d_k = _product("bhnd,bhnm->bhdm", q, d_logits)
+    return d_q.astype(q.dtype), d_k.astype(k.dtype), d_v.astype(v.dtype), None
+
+
+_attend.defvjp(_attend_forward, _attend_backward)
+
+
+def _logits(q, k, mask):
+    logits = _product("bhnd,bhdm->bhnm", q, k)
+    return logits if mask is None else jnp.where(mask, logits, jnp.finfo(jnp.float32).min)
+
+
+def _product(axes, a, b):
+    """einsum in the narrower type of the two, summed in float32."""
+    dtype = min(a.dtype, b.dtype, key=lambda d: d.itemsize)
+    return jnp.einsum(axes, a.astype(dtype), b.astype(dtype), preferred_element_type=jnp.float32)
