@@ -1,221 +1,61 @@
 """A training step against the same one in torch: `python -m tests.train_speed [ROUNDS] [--parts]`.
 
 D^2epth's step (METHOD 8) at a quarter of its width, so a sixteenth of its work: frozen KL encoder,
-UNet trained, frozen KL decoder with the gradient through it, SSI, clipping, AdamW, moving average.
-Torch runs diffusers' modules, contiguous and channels_last. Both have two threads; they take turns;
-what is compared is the least time of each, to which other work on the machine adds little.
-`--parts` also compares the networks one by one.
+UNet trained, frozen KL decoder with the gradient through it, SSI, clipping, AdamW, moving average
+(tests/train_step.py). Torch runs diffusers' modules, contiguous and channels_last. Each way has a
+process and two threads; they take turns of two runs, because the first after a pause may have to
+fetch its memory back. What is compared is the least time of each, to which other work on the
+machine adds little. `--parts` also compares the networks one by one.
 """
 
+import contextlib
 import json
 import os
-import subprocess
 import sys
-import time
+
+from d3epth_jax.bench_worker import Worker
 
 WANTED = 0.8  # torch's time / ours, on a CPU
-BATCH, HEIGHT, WIDTH = 1, 384, 512
-LEARNING_RATE, DECAY, CLIP = 3e-5, 0.999, 1.0
-
-
-def make_batch() -> dict:
-    import numpy as np
-
-    rng = np.random.default_rng(0)
-    y, x = np.mgrid[:HEIGHT, :WIDTH] / HEIGHT
-    depth = np.broadcast_to((2 + x + y + np.sin(9 * x * y))[None, ..., None], (BATCH, *x.shape, 1))
-    return {
-        "image": rng.integers(0, 256, (BATCH, HEIGHT, WIDTH, 3)).astype(np.uint8),
-        "depth": depth.astype(np.float32),
-        "mask": np.ones(depth.shape, bool),
-    }
-
-
-def ours(parts: bool) -> dict:
-    """{name: a function that runs it once and waits}: the step, and with `parts` its networks."""
-    import jax
-    import jax.numpy as jnp
-    import numpy as np
-
-    from d3epth_jax import optim, sharding, steps, weighting
-    from d3epth_jax.models.depth_model import init_params
-    from d3epth_jax.stages import pixel
-    from d3epth_jax.train_state import init_train_state, split_trainable
-    from d3epth_jax.weights import fold
-    from tests.cache_speed import quarter
-
-    model = quarter("d2_base")
-    trainable, rest = split_trainable(init_params(model, 0), ("unet/",))
-    model, rest = fold.fold_frozen(model, trainable, rest)
-    tx = optim.make_optimizer(lambda _: LEARNING_RATE, clip=CLIP)
-    tasks, beta = weighting.static(1), {"ssi": 1.0}
-    loss_fn = pixel.make_loss(model, terms=tuple(beta))
-    step = jax.jit(
-        steps.make_train_step(loss_fn, tx, tasks, beta=beta, tasks=("ssi",), max_ema_decay=DECAY),
-        donate_argnums=0,
-    )
-    mesh = sharding.make_mesh(devices=jax.devices()[:1])
-    frozen = sharding.put_params({"rest": rest, "teacher": None}, mesh)
-    batch = sharding.put_batch(make_batch(), mesh)
-    trainable = sharding.put_params(trainable, mesh)
-    held = [jax.jit(lambda p: init_train_state(p, tx, tasks))(trainable)]
-
-    def run_step():
-        held[0], metrics = step(held[0], frozen, batch)
-        assert np.isfinite(jax.block_until_ready(metrics)["loss"])
-
-    runs = {"step": run_step}
-    if not parts:
-        return runs
-    latent = jnp.ones((BATCH, HEIGHT // 8, WIDTH // 8, 4))
-    image = jnp.ones((BATCH, HEIGHT, WIDTH, 3))
-    sample, prompt = jnp.concatenate([latent, latent], -1), rest["prompt"]
-    encoder, unet, decoder = (model.modules[name] for name in ("encoder", "unet", "decoder"))
-    of_unet = jax.tree.map(jnp.copy, held[0].params["unet"])
-
-    def loss_of_unet(params):
-        return jnp.sum(jnp.square(unet.apply({"params": params}, sample, 999, prompt)[0]))
-
-    def loss_of_decoder(params, latent):
-        return jnp.sum(jnp.square(decoder.apply({"params": params}, latent)))
-
-    encode = jax.jit(lambda params: encoder.apply({"params": params}, image))
-    train_unet, forward_unet = jax.jit(jax.value_and_grad(loss_of_unet)), jax.jit(loss_of_unet)
-    through_decoder = jax.jit(jax.value_and_grad(loss_of_decoder, argnums=1))
-    decode = jax.jit(loss_of_decoder)
-    of_rest = frozen["rest"]
-    calls = {
-        "encoder": lambda: encode(of_rest["encoder"]),
-        "UNet": lambda: forward_unet(of_unet),
-        "UNet, trained": lambda: train_unet(of_unet),
-        "decoder": lambda: decode(of_rest["decoder"], latent),
-        "decoder, gradient": lambda: through_decoder(of_rest["decoder"], latent),
-    }
-    waited = {name: lambda f=f: jax.block_until_ready(f()) for name, f in calls.items()}
-    return runs | waited
-
-
-def torchs(parts: bool, channels_last: bool) -> dict:
-    """As `ours`, with diffusers' modules."""
-    import diffusers
-    import torch
-
-    from tests.cache_speed import quarter
-
-    torch.set_num_threads(2)
-    torch.manual_seed(0)
-    model = quarter("d2_base")
-    unet = diffusers.UNet2DConditionModel.from_config(model.unet.to_dict()).train()
-    vae = diffusers.AutoencoderKL.from_config(model.autoencoder.to_dict()).eval()
-    vae.requires_grad_(False)
-    layout = torch.channels_last if channels_last else torch.contiguous_format
-    unet.to(memory_format=layout), vae.to(memory_format=layout)
-    scale = vae.config.scaling_factor
-    params = list(unet.parameters())
-    average = [p.detach().clone() for p in params]
-    optimizer = torch.optim.AdamW(params, LEARNING_RATE, weight_decay=1e-2, fused=True)
-    picture, depth = (
-        torch.from_numpy(make_batch()[name]).permute(0, 3, 1, 2).contiguous(memory_format=layout)
-        for name in ("image", "depth")
-    )
-    prompt = torch.zeros(BATCH, 2, model.unet.cross_attention_dim)
-
-    def step():
-        image = picture.float() / 127.5 - 1
-        with torch.no_grad():
-            rgb = vae.encode(image).latent_dist.mode() * scale
-        sample = torch.cat([rgb, torch.zeros_like(rgb)], 1)
-        latent = -unet(sample, 999, prompt).sample
-        decoded = vae.decode(latent / scale).sample.mean(1, keepdim=True).clamp(-1, 1)
-        loss = ssi(decoded.flatten(1), normalized(depth.flatten(1)))
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(params, CLIP)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        torch._foreach_lerp_(average, [p.detach() for p in params], 1 - DECAY)
-        assert torch.isfinite(loss)
-
-    def normalized(d):
-        low, high = (torch.quantile(d, q, 1, keepdim=True) for q in (0.02, 0.98))
-        return (2 * (d - low) / (high - low) - 1).clamp(-1, 1)
-
-    def ssi(p, d):
-        p, d = p - p.mean(1, keepdim=True), d - d.mean(1, keepdim=True)
-        s = (p * d).sum(1, keepdim=True) / p.square().sum(1, keepdim=True).clamp(min=1e-12)
-        return (s * p - d).abs().mean()
-
-    runs = {"step": step}
-    if not parts:
-        return runs
-    latent = torch.ones(BATCH, 4, HEIGHT // 8, WIDTH // 8).contiguous(memory_format=layout)
-    image = torch.ones(BATCH, 3, HEIGHT, WIDTH).contiguous(memory_format=layout)
-    sample = torch.cat([latent, latent], 1)
-
-    @torch.no_grad()
-    def encode():
-        vae.encode(image)
-
-    def run_unet():
-        return unet(sample, 999, prompt).sample.square().sum()
-
-    def train_unet():
-        run_unet().backward()
-        optimizer.zero_grad(set_to_none=True)
-
-    def through_decoder():
-        vae.decode(latent.clone().requires_grad_()).sample.square().sum().backward()
-
-    return runs | {
-        "encoder": encode,
-        "UNet": torch.no_grad()(run_unet),
-        "UNet, trained": train_unet,
-        "decoder": torch.no_grad()(lambda: vae.decode(latent)),
-        "decoder, gradient": through_decoder,
-    }
+WAYS = ("ours", "torch", "torch, channels_last")
 
 
 def main(rounds: int = 5, parts: bool = False) -> dict[str, float]:
     """Prints seconds and ratios torch / ours, of the faster of torch's layouts; returns these."""
-    os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:2])  # before any thread starts
-    ways = {
-        "ours": ours(parts),
-        "torch": torchs(parts, channels_last=False),
-        "torch, channels_last": torchs(parts, channels_last=True),
-    }
     ratios = {}
-    for name in ways["ours"]:
-        seconds, processor = ({way: [] for way in ways} for _ in range(2))
-        for run in ways.values():
-            run[name]()  # compiles
-        for _ in range(rounds):
-            for way, run in ways.items():
-                began = time.perf_counter(), time.process_time()
-                run[name]()
-                seconds[way].append(time.perf_counter() - began[0])
-                processor[way].append(time.process_time() - began[1])
-        ratios[name] = ratio(seconds)
-        told = ", ".join(f"{way} {min(times):.2f} s" for way, times in seconds.items())
-        print(
-            f"{name:18} {told}: torch / ours {ratios[name]:.2f}"
-            f" (by processor time {ratio(processor):.2f})",
-            file=sys.stderr,
-            flush=True,
-        )
+    with contextlib.ExitStack() as stack:
+        stack.callback(os.sched_setaffinity, 0, os.sched_getaffinity(0))
+        os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:2])  # the workers inherit it
+        # Tests set flags under which programs are not optimised.
+        workers = {
+            way: stack.enter_context(Worker("tests.train_step", {"XLA_FLAGS": ""})) for way in WAYS
+        }
+        for way, worker in workers.items():
+            names = worker.ask("open", way=way, parts=parts)["names"]
+        for name in names:
+            for worker in workers.values():
+                worker.ask("run", name=name)  # compiles
+            runs = {way: [] for way in WAYS}
+            for _ in range(rounds):
+                for way, worker in workers.items():
+                    runs[way] += [worker.ask("run", name=name) for _ in range(2)]
+            seconds, processor = (
+                {way: min(run[clock] for run in runs[way]) for way in WAYS}
+                for clock in ("wall", "processor")
+            )
+            ratios[name] = ratio(seconds)
+            told = ", ".join(f"{way} {time:.2f} s" for way, time in seconds.items())
+            print(
+                f"{name:18} {told}: torch / ours {ratios[name]:.2f}"
+                f" (by processor time {ratio(processor):.2f})",
+                file=sys.stderr,
+                flush=True,
+            )
     print(f"wanted of the step: {WANTED}", file=sys.stderr)
     return ratios
 
 
-def ratio(seconds: dict[str, list[float]]) -> float:
-    best = {way: min(times) for way, times in seconds.items()}
-    return min(best["torch"], best["torch, channels_last"]) / best["ours"]
-
-
-def in_its_own_process(rounds: int) -> dict[str, float]:
-    """What `main` returns; for tests, in whose process programs are not optimised."""
-    environment = {key: value for key, value in os.environ.items() if key != "XLA_FLAGS"}
-    command = [sys.executable, "-m", "tests.train_speed", str(rounds)]
-    result = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
-    return json.loads(result.stdout)
+def ratio(seconds: dict[str, float]) -> float:
+    return min(seconds["torch"], seconds["torch, channels_last"]) / seconds["ours"]
 
 
 if __name__ == "__main__":
