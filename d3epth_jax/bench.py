@@ -15,10 +15,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from d3epth_jax import macs, optim, steps, weighting
-from d3epth_jax.bench_worker import forget_peak_memory, peak_memory, serve
+from d3epth_jax.bench_worker import forget_peak_memory, peak_memory, random_picture, serve
 from d3epth_jax.models import presets
 from d3epth_jax.models.config import TinyAutoencoderConfig
-from d3epth_jax.models.depth_model import DepthModel, abstract_params, count_params, init_params
+from d3epth_jax.models.depth_model import DepthModel, count_params, init_params
 from d3epth_jax.pipeline import DepthPipeline
 from d3epth_jax.stages import latent, pixel
 from d3epth_jax.train_state import init_train_state, merge, split_trainable
@@ -26,6 +26,7 @@ from d3epth_jax.typing import Params
 from d3epth_jax.weights import fold, hub
 
 MATMUL_SIDE = {"cpu": 2048}  # others: 8192
+FIRST_BATCH = 8  # an accelerator's micro-batch is looked for from here on
 
 
 def read(name: str, dtype: str, *, remat: bool = False) -> tuple[DepthModel, Params]:
@@ -57,16 +58,11 @@ def random_params(model: DepthModel) -> Params:
     return params
 
 
-def random_picture(size: tuple[int, int]) -> np.ndarray:
-    """uint8 [H,W,3], the same for everyone who asks."""
-    return np.random.default_rng(0).integers(0, 256, (*size, 3), np.uint8)
-
-
 class Ours:
     """One model, measured; the methods are the requests."""
 
     def open(self, model: str, size, batch: int, dtype: str, folded: bool, save: str = "") -> dict:
-        """Reads the model, and saves it for others to read; counts parameters and MACs."""
+        """Reads the model, and saves it for others to read."""
         self.size, self.batch, self._programs = tuple(size), batch, {}
         described, params = read(model, dtype)
         if save:
@@ -77,16 +73,15 @@ class Ours:
         del params
         gc.collect()
         forget_peak_memory()
-        params = _shapes(self.pipe.params)
-        if folded:
-            tokens = params["prompt"].shape[1] if "prompt" in params else 2
-            described, params = macs.folded(described, self._pieces(), tokens)
-        found = macs.of_model(described, params, self.size, batch, self.steps)
+        return {"steps": self.steps, **device()}
+
+    def count(self) -> dict:
+        """Parameters and MACs by part."""
+        model, params = self.pipe.networks(self.steps, self._zeros())
+        found = macs.of_model(model, _shapes(params), self.size, self.batch, self.steps)
         return {
-            "steps": self.steps,
             "params": {part: count_params(params[part]) for part in macs.PARTS},
             "macs": {part: each.dense for part, each in found.items()},
-            **device(),
         }
 
     def run(self, save: str = "") -> dict:
@@ -116,22 +111,12 @@ class Ours:
     def part(self, part: str) -> dict:
         """One network, its inputs on the device. The first time it compiles."""
         if part not in self._programs:
-            model, params = self._networks()
+            model, params = self.pipe.networks(self.steps, self._zeros())
             function, inputs = macs.part_programs(model, self.size, self.batch, self.steps)[part]
             arrays = [jax.random.normal(jax.random.key(0), x.shape, x.dtype) for x in inputs]
             self._programs[part] = functools.partial(jax.jit(function), params, *arrays)
             jax.block_until_ready(self._programs[part]())
         return {"seconds": timed(self._programs[part])}
-
-    def _networks(self) -> tuple[DepthModel, Params]:
-        """The model and parameters that the pipeline computes with."""
-        model, params = self.pipe.model, self.pipe.params
-        if not self.pipe.fold:
-            return model, params
-        return fold.fold(model, params, self._pieces())
-
-    def _pieces(self) -> tuple[str, ...]:
-        return fold.foldable(self.pipe.model, single_step=self._zeros() is None)
 
     def memory(self) -> dict:
         """The most memory there has been in use since the model was read."""
@@ -147,7 +132,7 @@ class Ours:
         return macs.saved_by_piece(described, tuple(size))
 
     def train(self, **settings) -> dict:
-        """Steps of training: see `train`."""
+        """A step of training: see `train`."""
         return train(**settings)
 
 
@@ -195,24 +180,26 @@ def train(
     dtype: str,
     remat: bool,
     runs: int,
-    first: int,
-    limit: int,
+    micro: int = 0,
 ) -> dict:
-    """Steps of the largest micro-batch that fits, and of `batch` pictures by accumulation.
+    """A step of the largest micro-batch that fits, or of `batch` pictures by accumulation.
 
     Args:
       stage: "stage2" is the hybrid loss in pixels, through the decoder; "stage1" distils from
         cached latents, with the teacher's UNet alone, for its features.
-      first, limit: micro-batches are tried from `first` on, doubled up to `limit` or halved.
       runs: how often a step is measured.
+      micro: pictures at a time, a divisor of `batch`; 0: so many as fit, in a step of their own.
     """
     student, params = read(model, dtype, remat=remat)
     patterns = ["unet/"]
     if stage == "stage2" and isinstance(student.autoencoder, TinyAutoencoderConfig):
         patterns.append("decoder/")  # METHOD 8: light decoders train, the KL decoder does not
-    teacher, of_teacher, adapters = None, {}, {}
+    teacher, of_teacher, adapters, own_encoder = None, {}, {}, False
     if stage == "stage1":
         teacher, of_teacher, adapters = _teacher(student, model, size)
+        # As configs/stage1.py: an encoder that is not the teacher's learns its RGB latent.
+        own_encoder = presets.get(model)[1] != presets.get(teacher_of(model))[1]
+        patterns += ["encoder/"] if own_encoder else []
     if adapters:
         params, patterns = {**params, "adapters": adapters}, [*patterns, "adapters/"]
     trainable, rest = split_trainable(params, tuple(patterns))
@@ -225,13 +212,19 @@ def train(
         macs_each = macs.of_training(forward, [p.split("/")[0] for p in patterns], ["decoder"])
         task_weights = weighting.dwa(len(tasks))
     else:
-        beta, tasks = {"gt": 1.0, "out": 1.0, **({"feat": 0.1} if of_teacher else {})}, ()
-        loss_fn = latent.make_loss(student, teacher, terms=tuple(beta), cached=True)
-        macs_each = macs.of_training({"unet": forward["unet"]}, ["unet"])
+        beta, tasks = {"gt": 1.0, "out": 1.0}, ()
+        beta |= ({"feat": 0.1} if of_teacher else {}) | ({"enc": 1.0} if own_encoder else {})
+        loss_fn = latent.make_loss(
+            student, teacher, terms=tuple(beta), share_encoder=not own_encoder, cached=True
+        )
+        trains = ["unet", "encoder"] if own_encoder else ["unet"]
+        macs_each = macs.of_training({part: forward[part] for part in trains}, trains)
         if of_teacher:
             macs_each += _forward(teacher, of_teacher, size)["unet"]
         task_weights = weighting.static(0)
-    make_batch = _pairs if stage == "stage2" else functools.partial(_cached, student)
+    make_batch = _pairs
+    if stage == "stage1":
+        make_batch = functools.partial(_cached, student, pictures=own_encoder)
     tx = optim.make_optimizer(optim.make_schedule(3e-5, total_steps=20_000))
 
     def attempt(micro: int, accumulate: int = 1) -> dict:
@@ -263,12 +256,15 @@ def train(
             "memory": memory(),
         }
 
-    results = [largest_that_fits(attempt, first, limit)]
-    micro = results[0]["micro"]
-    if batch > micro:
-        results.append(attempt(micro, -(-batch // micro)))
+    if micro:
+        result = attempt(micro, batch // micro)
+    elif jax.default_backend() == "cpu":
+        # A computer's memory has no limit that could be met without being ended by the system.
+        result = attempt(1)
+    else:
+        result = largest_that_fits(attempt, min(FIRST_BATCH, batch), batch)
     trained = count_params(trainable)
-    return {"results": results, "trained": trained, "matmul": matmul_peak(dtype), **device()}
+    return {"result": result, "trained": trained, "matmul": matmul_peak(dtype), **device()}
 
 
 def largest_that_fits(attempt: Callable[[int], dict], first: int, limit: int) -> dict:
@@ -318,10 +314,8 @@ def _teacher(student: DepthModel, name: str, size) -> tuple[DepthModel, Params, 
 
 
 def teacher_of(name: str) -> str:
-    """The preset that a preset's student would be distilled from: one of its latent space."""
-    channels = presets.get(name)[1].latent_channels
-    teachers = {presets.get(each)[1].latent_channels: each for each in ("d2_base", "d2_nano")}
-    return teachers[channels]
+    """The preset that a preset's student is distilled from: of the same kind, by its name."""
+    return next((f"d2_{kind}" for kind in ("light", "nano") if kind in name), "d2_base")
 
 
 def _pairs(count: int, size) -> dict:
@@ -334,8 +328,8 @@ def _pairs(count: int, size) -> dict:
     }
 
 
-def _cached(model: DepthModel, count: int, size) -> dict:
-    """A batch of stage 1 as a teacher cache holds it."""
+def _cached(model: DepthModel, count: int, size, *, pictures: bool) -> dict:
+    """A batch of stage 1 as a teacher cache holds it, with the pictures or without."""
     rng = np.random.default_rng(0)
     cells = count, *(side // model.downsample for side in size)
     names = ("rgb_latent", "gt_latent", "teacher_latent")
@@ -344,13 +338,15 @@ def _cached(model: DepthModel, count: int, size) -> dict:
         **{name: rng.standard_normal(shape, np.float32).astype(np.float16) for name in names},
         "latent_mask": np.ones((*cells, 1), bool),
         "has_target": np.ones(count, bool),
+        **({"image": rng.integers(0, 256, (count, *size, 3), np.uint8)} if pictures else {}),
     }
 
 
 def _forward(model: DepthModel, params: Params, size) -> dict[str, int]:
-    """MACs of one picture in each network that there are parameters of."""
-    shapes = {**abstract_params(model), **_shapes(params)}
-    return {part: found.dense for part, found in macs.of_model(model, shapes, size).items()}
+    """MACs of one picture in each network, as a training step computes it."""
+    tokens = params["prompt"].shape[1] if "prompt" in params else 2
+    folded = macs.folded(model, fold.TRAINING, tokens)
+    return {part: found.dense for part, found in macs.of_model(*folded, size).items()}
 
 
 def _shapes(params: Params) -> Params:
@@ -359,5 +355,5 @@ def _shapes(params: Params) -> Params:
 
 if __name__ == "__main__":
     ours = Ours()
-    names = ("open", "run", "part", "memory", "matmul", "pieces", "train")
+    names = ("open", "count", "run", "part", "memory", "matmul", "pieces", "train")
     serve({name: getattr(ours, name) for name in names})

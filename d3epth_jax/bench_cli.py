@@ -18,12 +18,14 @@ import tempfile
 
 OK, SOME_FAILED, UNUSABLE, INTERRUPTED = 0, 1, 2, 130
 
-# What --all measures where nothing else is said.
-ALL = {"dtype": "bfloat16", "batch": [1, 8], "fold": "both", "out": pathlib.Path("bench")}
-USUAL = {"dtype": "float32", "batch": [1], "fold": "yes", "out": None}
+WHAT = ["predict", "stage2", "stage1", "pieces"]
+# What is measured where nothing else is said.
+ALL = {"what": WHAT, "dtype": "bfloat16", "batch": [1, 8], "fold": "both"}
+ALL |= {"out": pathlib.Path("bench")}
+USUAL = {"what": ["predict"], "dtype": "float32", "batch": [1], "fold": "yes", "out": None}
 TRAINED = {"stage2": "d2_base", "stage1": "d3_light_small"}
-FIRST_BATCH = 8  # an accelerator's micro-batch is looked for from here on
 PACKAGES = ("torch", "diffusers", "transformers")
+RESULTS = "bench.json"
 
 
 def add_bench(commands) -> None:
@@ -43,8 +45,9 @@ def add_bench(commands) -> None:
     add = parser.add_argument
     add("models", nargs="*", metavar="MODEL", help="a preset or a directory; --all: all presets")
     add("--all", action="store_true", help="everything (below); other options still count")
-    add("--what", nargs="+", choices=("predict", "stage2", "stage1", "pieces"), default=["predict"],
-        help="stage1 and stage2: a training step; pieces: MACs saved by each folding")  # fmt: skip
+    add("--what", nargs="+", choices=WHAT,
+        help="stage1 and stage2: a training step; pieces: MACs saved by each folding; default"
+        " predict; --all: all four")  # fmt: skip
     add("--size", default="576x768", metavar="HxW", help="of pictures to predict")
     add("--train-size", default="480x640", metavar="HxW", help="of pictures to train on")
     add("--batch", nargs="+", type=int, metavar="N", help="pictures at a time; default 1")
@@ -54,7 +57,8 @@ def add_bench(commands) -> None:
     add("--no-remat", action="store_true", help="training keeps all activations")
     add("--compare", choices=("diffusers",), help="the same weights through it, alternating")
     add("--runs", type=int, default=7, metavar="N", help="the median of so many")
-    add("--resume", action="store_true", help="take over what --out already has of it")
+    add("--resume", action="store_true",
+        help="keep what --out has, and measure what it has not; else it begins anew")  # fmt: skip
     add("--out", type=pathlib.Path, metavar="DIR",
         help="bench.json, bench.md and macs.png; --all: bench")  # fmt: skip
 
@@ -65,23 +69,26 @@ def bench(args: argparse.Namespace) -> int:
         if getattr(args, key) is None:
             setattr(args, key, value)
     jobs = plan(args)
-    rows, before = [], _measured_before(args)
+    rows, failed = _measured_before(args), False
     try:
         for number, job in enumerate(jobs, 1):
-            there = [row for row in before if job.items() <= row.items() and "error" not in row]
+            before = [row for row in rows if job.items() <= row.items()]
+            there = [row for row in before if "error" not in row]
             _say(f"[{number}/{len(jobs)}] {_name(job)} {'is there' if there else '...'}")
-            rows.append(there[0] if there else _measured(job, args))
+            now = there[0] if there else _measured(job, args)
+            failed |= "error" in now
+            rows = [row for row in rows if row not in before] + [now]
             _save(args, rows)
     except KeyboardInterrupt:
         if rows:
             _show(args, rows)
         raise
     _show(args, rows)
-    return SOME_FAILED if any("error" in row for row in rows) else OK
+    return SOME_FAILED if failed else OK
 
 
 def _measured_before(args: argparse.Namespace) -> list[dict]:
-    path = args.out and args.out / "bench.json"
+    path = args.out and args.out / RESULTS
     return json.loads(path.read_text())["rows"] if args.resume and path.is_file() else []
 
 
@@ -112,14 +119,19 @@ def plan(args: argparse.Namespace) -> list[dict]:
     counts = {"--runs": args.runs, "--train-batch": args.train_batch}
     counts |= {"--batch": min(args.batch)}
     problems += [f"{key} must be at least 1, not {n}" for key, n in counts.items() if n < 1]
-    what = ["predict", "stage2", "stage1", "pieces"] if args.all else args.what
-    if set(what) - {"predict"} and not args.all:
+    what = args.what
+    if set(what) - {"predict"} and not (args.all and "predict" in what):
         problems += [
             f"{model}: training and pieces are measured of presets"
             for model in models
             if model not in presets.PRESETS
         ]
-    beside = [model for model in models if _reads_depth(model)]
+    beside = []
+    for model in models:
+        try:
+            beside += [model] if _reads_depth(model) else []
+        except (OSError, ValueError) as error:
+            problems.append(f"{model} is not a whole model: {error}")
     if args.compare:
         problems += [
             f"{model}: its UNet takes the RGB latent alone, which diffusers' pipeline does not run"
@@ -133,6 +145,13 @@ def plan(args: argparse.Namespace) -> list[dict]:
         )
     if args.resume and args.out is None:
         problems.append("--resume goes on with what is in --out: give --out")
+    try:
+        _measured_before(args)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        problems.append(
+            f"--resume: {args.out / RESULTS} cannot be read: delete it, or leave out --resume"
+            f" ({error!r})"
+        )
     if args.out is not None:
         there = next(path for path in (args.out, *args.out.parents) if os.path.lexists(path))
         if not (os.path.isdir(there) and os.access(there, os.W_OK)):
@@ -162,11 +181,13 @@ def plan(args: argparse.Namespace) -> list[dict]:
     jobs = predictions(folds[0]) if "predict" in what else []
     for stage, usual in TRAINED.items():
         if stage in what:
-            one = [usual if usual in known else known[0 if stage == "stage2" else -1]]
+            one = known[:1] if stage == "stage2" else known[-1:]
+            one = [usual] if usual in known else one
             jobs += [
                 {
                     **{"what": stage, "model": model, "size": sizes["train_size"]},
                     **{"batch": args.train_batch, "dtype": args.dtype},
+                    "remat": not args.no_remat,
                 }
                 for model in (one if args.all else known)
             ]
@@ -207,8 +228,9 @@ def _predict(job: dict, args: argparse.Namespace) -> dict:
             folded=job["fold"],
             save=saved,
         )
-        # The first call compiles, the second still warms up.
+        # The first call compiles, the second still warms up; the others follow without a pause.
         row["first_s"] = ours.ask("run", save=str(folder / "ours.npy"))["seconds"]
+        row |= ours.ask("count")
         ours.ask("run")
         row["seconds"] = [ours.ask("run")["seconds"] for _ in range(args.runs)]
         row["memory"] = ours.ask("memory")
@@ -231,7 +253,7 @@ def _compare(job, args, ours, theirs, folder: pathlib.Path, saved: str, row: dic
     """{variant: alternating times of pipeline and parts, memory, difference of the depth maps}."""
     import numpy as np
 
-    from d3epth_jax.bench import random_picture
+    from d3epth_jax.bench_worker import random_picture
 
     picture = str(folder / "picture.npy")
     np.save(picture, random_picture(job["size"]))
@@ -248,22 +270,18 @@ def _compare(job, args, ours, theirs, folder: pathlib.Path, saved: str, row: dic
         theirs.ask("prepare", variant=variant)
         output = folder / f"{variant}.npy"
         theirs.ask("run", picture=picture, save=str(output))
-        theirs.ask("run", picture=picture)
-        times = {who: {"pipeline": []} for who in ("ours", "theirs")}
-        for _ in range(args.runs):
-            times["ours"]["pipeline"].append(ours.ask("run")["seconds"])
-            times["theirs"]["pipeline"].append(theirs.ask("run", picture=picture)["seconds"])
+        run = {"ours": (ours, {"do": "run"}), "theirs": (theirs, {"do": "run", "picture": picture})}
+        turns = {"pipeline": _alternating(args.runs, run)}
+        memory = theirs.ask("memory")  # of the pipeline, as ours
         for part in row["macs"]:
-            for who, worker in (("ours", ours), ("theirs", theirs)):
-                worker.ask("part", part=part)
-                times[who][part] = []
-            for _ in range(args.runs):
-                for who, worker in (("ours", ours), ("theirs", theirs)):
-                    times[who][part].append(worker.ask("part", part=part)["seconds"])
+            request = {"do": "part", "part": part}
+            run = {"ours": (ours, request), "theirs": (theirs, request)}
+            turns[part] = _alternating(args.runs, run)
+        times = {who: {name: found[who] for name, found in turns.items()} for who in run}
         mine, its = (np.load(path) for path in (folder / "ours.npy", output))
         result[variant] = {
             **times,
-            "memory": theirs.ask("memory"),
+            "memory": memory,
             "difference": float(np.abs(mine - its).max()),
             "depth_std": float(its.std()),
         }
@@ -273,24 +291,34 @@ def _compare(job, args, ours, theirs, folder: pathlib.Path, saved: str, row: dic
     return result
 
 
+def _alternating(runs: int, requests: dict) -> dict[str, list[float]]:
+    """Seconds of each one's (worker, request), in turns."""
+    seconds = {who: [] for who in requests}
+    for _ in range(runs):
+        for who, (worker, request) in requests.items():
+            # The system may take memory from a process that waits: it is fetched back in a run
+            # that does not count.
+            worker.ask(**request)
+            seconds[who].append(worker.ask(**request)["seconds"])
+    return seconds
+
+
 def _train(job: dict, args: argparse.Namespace) -> dict:
-    with contextlib.ExitStack() as stack:
-        worker = _worker(stack, "bench", {})
-        on_cpu = worker.ask("matmul", dtype="float32")["platform"] == "cpu"
-        # A computer's memory has no limit that could be met without being ended by the system.
-        first, limit = (1, 1) if on_cpu else (min(FIRST_BATCH, job["batch"]), job["batch"])
-        return worker.ask(
-            "train",
-            stage=job["what"],
-            model=job["model"],
-            size=job["size"],
-            batch=job["batch"],
-            dtype=job["dtype"],
-            remat=not args.no_remat,
-            runs=args.runs,
-            first=first,
-            limit=limit,
-        )
+    """A step of the largest micro-batch, and one of the whole batch by accumulation."""
+    settings = {key: job[key] for key in ("model", "size", "batch", "dtype", "remat")}
+
+    def step(micro: int = 0) -> dict:
+        # In a process of its own: an accelerator does not forget the most memory it ever had.
+        with contextlib.ExitStack() as stack:
+            worker = _worker(stack, "bench", {})
+            return worker.ask("train", stage=job["what"], runs=args.runs, micro=micro, **settings)
+
+    row = step()
+    results, batch = [row.pop("result")], job["batch"]
+    micro = next(n for n in range(results[0]["micro"], 0, -1) if batch % n == 0)
+    if micro < batch:
+        results.append(step(micro)["result"])
+    return row | {"results": results}
 
 
 def _pieces(job: dict, args: argparse.Namespace) -> dict:
@@ -360,7 +388,7 @@ def _save(args: argparse.Namespace, rows: list[dict]) -> None:
     content = {"date": now, "machine": host, "command": command, "rows": rows}
     where = f"{now}, {host['cpu']}, {host['cores']} cores; device: {', '.join(devices)}"
     text = f"`{command}`\n\n{where}\n\n{bench_report.markdown(rows)}"
-    for name, data in (("bench.json", json.dumps(content, indent=1)), ("bench.md", text)):
+    for name, data in ((RESULTS, json.dumps(content, indent=1)), ("bench.md", text)):
         with atomic.replacing(args.out / name) as partial:
             partial.write_text(data)
     chart = bench_report.macs_chart(rows)

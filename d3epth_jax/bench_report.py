@@ -57,6 +57,8 @@ def name(row: dict) -> str:
         words += [f"batch {row['batch']}", row["dtype"]]
     if row["what"] == "predict":
         words.append("folded" if row["fold"] else "not folded")
+    if "remat" in row:
+        words.append("rematerialised" if row["remat"] else "all activations kept")
     return " ".join(words)
 
 
@@ -67,8 +69,8 @@ PREDICT = (
 )
 COMPARE = ("model", "size", "batch", "variant", "ours ms", "theirs ms", "ratio", "encoder",
            "UNet", "decoder", "ours GiB", "theirs GiB", "difference", "depth's std")  # fmt: skip
-TRAIN = ("step", "model", "size", "batch", "type", "trained M", "compile s", "s/step", "images/s",
-         "MFU %", "peak GiB", "hours")  # fmt: skip
+TRAIN = ("step", "model", "size", "batch", "type", "remat", "trained M", "compile s", "s/step",
+         "images/s", "MFU %", "peak GiB", "hours")  # fmt: skip
 PIECES = ("piece", "model", "size", "params M", "after", "GMACs", "after", "saved", "by XLA")
 
 
@@ -111,6 +113,7 @@ def _training(row: dict) -> Iterable[list[str]]:
         batch = f"{found['micro']}x{found['accumulate']}" if found["accumulate"] > 1 else str(count)
         yield [
             row["what"], row["model"], _size(row), batch, row["dtype"],
+            "yes" if row["remat"] else "no",
             f"{row['trained'] / 1e6:.2f}", f"{found['compile_s']:.1f}", f"{seconds:.3g}",
             f"{count / seconds:.3g}",
             f"{100 * 2 * found['macs'] / seconds / row['matmul']:.1f}",

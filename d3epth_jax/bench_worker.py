@@ -15,6 +15,8 @@ import sys
 import tempfile
 from collections.abc import Callable, Mapping
 
+import numpy as np
+
 
 class WorkerError(RuntimeError):
     """What the worker was asked for failed; its message says why, in one line."""
@@ -81,6 +83,11 @@ def serve(handlers: Mapping[str, Callable[..., dict]]) -> None:
             kind = type(error).__name__
             answer = {"error": f"{kind}: {text[:600]}" if text else kind}
         print(json.dumps(answer), file=answers, flush=True)
+
+
+def random_picture(size: tuple[int, int]) -> np.ndarray:
+    """uint8 [H,W,3], the same for everyone who asks."""
+    return np.random.default_rng(0).integers(0, 256, (*size, 3), np.uint8)
 
 
 def cores() -> int:

@@ -18,14 +18,14 @@ def use_compilation_cache() -> None:
     """
     if jax.config.jax_compilation_cache_dir or not jax.config.jax_enable_compilation_cache:
         return
-    home = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
-    folder = pathlib.Path(home) / "d3epth_jax" / "xla"
     try:
+        home = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
+        folder = pathlib.Path(home) / "d3epth_jax" / "xla"
         # Programs in it are run: nobody else may write there.
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         if not os.access(folder, os.W_OK):
             raise PermissionError(f"{folder} is not writable")
-    except OSError as error:
+    except (OSError, RuntimeError) as error:  # RuntimeError: the user has no home
         log.info("compiled programs are not kept for the next run: %s", error)
         return
     jax.config.update("jax_compilation_cache_dir", str(folder))

@@ -16,7 +16,7 @@ import numpy as np
 from jax.extend import core
 
 from d3epth_jax import inference
-from d3epth_jax.models import attention
+from d3epth_jax.models import attention, layers
 from d3epth_jax.models.depth_model import DepthModel, abstract_params, count_params
 from d3epth_jax.typing import Params
 from d3epth_jax.weights import fold, keys
@@ -61,7 +61,7 @@ def of_model(
     params: `abstract_params` are enough. The numbers do not depend on the device or the type.
     """
     programs = part_programs(countable(model), size, batch, steps)
-    with whole_attention():
+    with plain_forms():
         return {name: count(f, params, *inputs) for name, (f, inputs) in programs.items()}
 
 
@@ -71,14 +71,20 @@ def countable(model: DepthModel) -> DepthModel:
 
 
 @contextlib.contextmanager
-def whole_attention() -> Iterator[None]:
-    """Attention all at once: chunks are filled up with queries that nobody asked for."""
-    limits = dict(attention.MAX_LOGITS)
+def plain_forms() -> Iterator[None]:
+    """Attention all at once, and convolutions as such.
+
+    Chunks are filled up with queries that nobody asked for, and a product with patches, which a CPU
+    computes some convolutions as, does not tell which taps are on the padding.
+    """
+    limits, cells = dict(attention.MAX_LOGITS), layers.PATCHES_MAX_CELLS
     attention.MAX_LOGITS.update(dict.fromkeys(limits, sys.maxsize))
+    layers.PATCHES_MAX_CELLS = 0
     try:
         yield
     finally:
         attention.MAX_LOGITS.update(limits)
+        layers.PATCHES_MAX_CELLS = cells
 
 
 def part_programs(
@@ -245,7 +251,7 @@ def saved_by_piece(model: DepthModel, size: tuple[int, int], batch: int = 1) -> 
 
 def _costs(model: DepthModel, params: Params, size, batch: int) -> dict:
     programs = part_programs(countable(model), size, batch).values()
-    with whole_attention():
+    with plain_forms():
         xla = sum(by_xla(function, params, *inputs) for function, inputs in programs)
     return {
         "params": count_params(params),

@@ -51,7 +51,7 @@ class DepthPipeline:
         *,
         mesh: jax.sharding.Mesh | None = None,
         dtype: str | None = None,
-        fold: bool = False,
+        fold: bool = True,
     ):
         """A pipeline of parameters that are there.
 
@@ -172,8 +172,7 @@ class DepthPipeline:
         shape = len(pictures), ensemble_size, *cells, self.model.autoencoder.latent_channels
         initial = self._initial_latents(shape, latents, key)
 
-        from_zero = steps == 1 and latents is None and self._starts_at_zero
-        model, params = self._folded(from_zero) if self.fold else (self.model, self.params)
+        model, params = self.networks(steps, latents)
         program = functools.partial(_program, model, self.mesh, (batch_size, *cells))
         encode, predict = program(inference.encode_image), program(inference.predict_depth, steps)
 
@@ -284,13 +283,20 @@ class DepthPipeline:
             )
             _tell(self.model, logging.WARNING, notice)
 
-    def _folded(self, from_zero: bool) -> tuple[DepthModel, Params]:
-        """For one step from zero latents, or for any; unchanged arrays are shared."""
-        if from_zero not in self._variants:
-            pieces = fold.foldable(self.model, single_step=from_zero)
+    def networks(self, num_inference_steps: int, latents=None) -> tuple[DepthModel, Params]:
+        """What a call with these arguments computes with: the model, and parameters on the devices.
+
+        Folded, unless `fold` is off: for one step from zero latents, or for any of both. Unchanged
+        arrays are shared.
+        """
+        if not self.fold:
+            return self.model, self.params
+        single_step = num_inference_steps == 1 and latents is None and self._starts_at_zero
+        if single_step not in self._variants:
+            pieces = fold.foldable(self.model, single_step=single_step)
             model, params = fold.fold(self.model, self.params, pieces)
-            self._variants[from_zero] = model, sharding.put_params(params, self.mesh)
-        return self._variants[from_zero]
+            self._variants[single_step] = model, sharding.put_params(params, self.mesh)
+        return self._variants[single_step]
 
     @property
     def _starts_at_zero(self) -> bool:

@@ -158,9 +158,7 @@ def jit_step(config, loss_fn, tx, task_weights, beta, tasks, placement, mesh):
 
 
 def train_what_is_absent(config) -> None:
-    """Trains the teacher, and then the model to start from, that the config can make."""
-    if config.teacher.path:
-        train_if_absent(config.teacher.path, config.teacher.get("config"))
+    """Trains the model to start from, where the config can make it."""
     first = config.get("init_config")
     if config.init and first is not None:
         # On the same pairs and with the same teacher as this run.
@@ -183,7 +181,8 @@ def train_if_absent(path: str, config) -> None:
 
 def score(config, model, params, source, mesh, writer: MetricWriter, step: int) -> float:
     """Evaluates the current model, writes metrics and a gallery, and returns its AbsRel."""
-    pipeline = DepthPipeline(model, params, mesh=mesh)
+    # Not folded any further: at every evaluation that would take longer than it saves.
+    pipeline = DepthPipeline(model, params, mesh=mesh, fold=False)
     protocol = protocol_of(config.eval)
     results = evaluate(
         {config.stage: model_predictor(pipeline, protocol, config.eval.batch_size)},

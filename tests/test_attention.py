@@ -101,6 +101,35 @@ def test_no_more_logits_are_kept_for_the_backward_pass():
     assert largest(jax.make_jaxpr(gradient)(q).jaxpr) <= 2**20
 
 
+@pytest.mark.parametrize(
+    ("backend", "dtype", "depth", "masked", "fused"),
+    [
+        ("gpu", jnp.bfloat16, 64, False, True),
+        ("gpu", jnp.bfloat16, 128, False, True),
+        ("gpu", jnp.bfloat16, 136, False, False),
+        ("gpu", jnp.bfloat16, 60, False, False),  # cudnn takes multiples of 8
+        ("gpu", jnp.float32, 64, False, False),
+        ("gpu", jnp.bfloat16, 64, True, False),
+        ("cpu", jnp.bfloat16, 64, False, False),
+    ],
+)
+def test_the_fused_kernel_is_chosen_where_it_can_be(
+    monkeypatch, backend, dtype, depth, masked, fused
+):
+    seen = []
+
+    def kernel(q, k, v, *, implementation):
+        seen.append(implementation)
+        return q
+
+    monkeypatch.setattr(jax, "default_backend", lambda: backend)
+    monkeypatch.setattr(jax.nn, "dot_product_attention", kernel)
+    q = jax.ShapeDtypeStruct((1, 4, 2, depth), dtype)
+    mask = np.ones((4, 4), bool) if masked else None
+    jax.eval_shape(lambda q: attention(q, q, q, mask), q)
+    assert seen == (["cudnn"] if fused else [])
+
+
 def test_unknown_implementations_are_refused():
     with pytest.raises(ValueError, match="choose chunked or cudnn"):
         attention(*arrays(), implementation="flash")

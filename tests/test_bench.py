@@ -1,41 +1,52 @@
 """d3epth bench: what it measures, what it writes, and that nothing measured is lost."""
 
+import argparse
 import dataclasses
 import importlib.util
 import json
+import subprocess
+import sys
 
 import jax
 import numpy as np
 import pytest
 from PIL import Image
 
-from d3epth_jax import bench, bench_cli, bench_report, cli
-from d3epth_jax.bench_worker import Worker, WorkerError
+from d3epth_jax import bench, bench_cli, bench_report, cli, macs
+from d3epth_jax.bench_worker import Worker, WorkerError, random_picture
 from d3epth_jax.models import presets
+from d3epth_jax.models.config import AutoencoderKLConfig
+from d3epth_jax.models.depth_model import DepthModel, init_params
+from d3epth_jax.weights import fold, hub
 from tests.conftest import small_model, small_unet
 
+TEACHER, STUDENT = small_unet((8, 16, 16)), small_unet((8, 16))  # one level more
+STUDENT = dataclasses.replace(STUDENT, in_channels=8)
+TINY = small_model().autoencoder
+KL = AutoencoderKLConfig(block_out_channels=(8,) * 4, norm_num_groups=4)
 MODELS = {
-    "d2_base": small_unet((8, 16, 16)),  # the teacher of stage 1, one level more
-    "light": dataclasses.replace(small_unet((8, 16)), in_channels=8),
+    "d2_light": (TEACHER, TINY),
+    "d3_light": (STUDENT, TINY),
+    "d2_base": (TEACHER, KL),
+    "d3_turbo": (STUDENT, TINY),  # with an encoder that is not its teacher's
 }
 
 
 @pytest.fixture
 def small_presets(monkeypatch):
-    autoencoder = small_model().autoencoder
-    for name, unet in MODELS.items():
-        monkeypatch.setitem(presets.PRESETS, name, (unet, autoencoder))
+    for name, model in MODELS.items():
+        monkeypatch.setitem(presets.PRESETS, name, model)
     monkeypatch.setitem(bench.MATMUL_SIDE, "cpu", 64)
 
 
 def opened(folded: bool, tmp_path) -> tuple[bench.Ours, dict, np.ndarray]:
     ours = bench.Ours()
-    answer = ours.open("light", [44, 64], 2, "float32", folded)
+    ours.open("d3_light", [44, 64], 2, "float32", folded)
     assert ours.run(save=str(tmp_path / "depth.npy"))["seconds"] > 0
-    return ours, answer, np.load(tmp_path / "depth.npy")
+    return ours, ours.count(), np.load(tmp_path / "depth.npy")
 
 
-def test_prediction_is_measured_as_a_whole_and_by_part(small_presets, tmp_path):
+def test_prediction_is_measured_as_a_whole_and_by_part(small_presets, tmp_path, monkeypatch):
     ours, answer, depth = opened(True, tmp_path)
     _, unfolded, same = opened(False, tmp_path)
     assert depth.shape == (2, 44, 64, 1) and depth.std() > 0.01
@@ -43,27 +54,86 @@ def test_prediction_is_measured_as_a_whole_and_by_part(small_presets, tmp_path):
     for kind in ("macs", "params"):
         assert set(answer[kind]) == {"encoder", "unet", "decoder"}
         assert answer[kind]["unet"] < unfolded[kind]["unet"]
+    monkeypatch.setattr(fold, "fold", lambda *_: pytest.fail("the pipeline has folded them"))
     assert all(ours.part(part)["seconds"] > 0 for part in answer["macs"])
     assert ours.memory()["bytes"] > 2**20
     assert ours.matmul("float32")["flops"] > 1e6
 
 
+def test_several_steps_from_zero_are_folded_as_the_pipeline_folds_them(tmp_path):
+    model = small_model(STUDENT, denoising_steps=3, starts_at_zero=True)
+    hub.save_model(tmp_path / "model", model, init_params(model, 0))
+    ours = bench.Ours()
+    assert ours.open(str(tmp_path / "model"), [32, 48], 1, "float32", True)["steps"] == 3
+    assert ours.part("unet")["seconds"] > 0
+    folded = macs.folded(model, ("prompt", "upsampling", "mean"))
+    expected = macs.of_model(*folded, (32, 48), steps=3)
+    assert ours.count()["macs"] == {part: found.dense for part, found in expected.items()}
+
+
 @pytest.mark.parametrize(
-    ("stage", "batch"),
-    [("stage2", 2), ("stage1", 2), pytest.param("stage2", 4, marks=pytest.mark.slow)],
+    ("stage", "model", "trained", "micro"),
+    [
+        ("stage2", "d3_light", ("unet", "decoder"), 0),  # light decoders train in stage 2,
+        ("stage1", "d3_light", ("unet",), 0),
+        ("stage1", "d3_turbo", ("unet", "encoder"), 0),  # and encoders unlike the teacher's here
+        pytest.param("stage2", "d3_light", ("unet", "decoder"), 2, marks=pytest.mark.slow),
+    ],
 )
-def test_training_steps_are_measured_alone_and_accumulated(small_presets, stage, batch):
-    found = bench.train(stage, "light", [32, 48], batch, "float32", False, 1, first=2, limit=2)
-    done = [(each["micro"], each["accumulate"]) for each in found["results"]]
-    assert done == [(2, 1), (2, 2)][: batch // 2]
-    for each in found["results"]:
-        assert np.isfinite(each["loss"]) and len(each["seconds"]) == 1
-        assert each["macs"] == each["accumulate"] * found["results"][0]["macs"] > 0
-    # Stage 2 also trains a light decoder.
-    trained = {"stage2": ("unet", "decoder"), "stage1": ("unet",)}[stage]
-    params = bench.read("light", "float32")[1]
+def test_training_steps_are_measured_alone_and_accumulated(
+    small_presets, stage, model, trained, micro
+):
+    found = bench.train(stage, model, [32, 48], 4, "float32", False, 1, micro)
+    result = found["result"]
+    assert (result["micro"], result["accumulate"]) == ((2, 2) if micro else (1, 1))
+    assert np.isfinite(result["loss"]) and len(result["seconds"]) == 1
+    params = bench.read(model, "float32")[1]
     count = sum(x.size for part in trained for x in jax.tree.leaves(params[part]))
     assert count <= found["trained"] < count + 1000  # and adapters of features
+    # Three times what is computed forward, which is less than unfolded.
+    student = DepthModel(*presets.get(model), presets.SINGLE_STEP)
+    expected = macs.of_model(*macs.folded(student, ("prompt", "upsampling")), (32, 48))
+    least = 3 * sum(expected[part].dense for part in trained)
+    rest = {"stage1": "unet", "stage2": "encoder"}[stage]  # the teacher's UNet is deeper
+    most = least + 3 * expected[rest].dense
+    assert least < result["macs"] / (4 if micro else 1) < most
+
+
+def test_training_is_counted_as_it_computes(small_presets):
+    model, params = bench.read("d3_light", "float32")
+    whole = macs.of_model(model, params, (32, 48))
+    counted = bench._forward(model, params, (32, 48))
+    assert counted["unet"] < whole["unet"].dense and counted["decoder"] < whole["decoder"].dense
+    assert counted["encoder"] == whole["encoder"].dense
+    once = bench._forward(*fold.fold(model, params), (32, 48))  # what is folded already
+    assert once["unet"] < counted["unet"]
+
+
+def arguments(**settings) -> argparse.Namespace:
+    return argparse.Namespace(**{"runs": 2, "out": None, **settings})
+
+
+@pytest.mark.parametrize(
+    ("batch", "fits", "asked"), [(32, 8, [0, 8]), (12, 8, [0, 6]), (7, 4, [0, 1]), (8, 8, [0])]
+)
+def test_the_accumulated_step_is_exactly_the_batch_in_a_process_of_its_own(
+    monkeypatch, batch, fits, asked
+):
+    seen = []
+
+    class FakeWorker:
+        def ask(self, do, *, micro, **settings):
+            seen.append((self, micro))
+            assert settings["remat"] and settings["batch"] == batch
+            micro, accumulate = (micro, batch // micro) if micro else (fits, 1)
+            return {"result": {"micro": micro, "accumulate": accumulate}, "trained": 3}
+
+    monkeypatch.setattr(bench_cli, "_worker", lambda *_: FakeWorker())
+    job = {"what": "stage2", "model": "d2_base", "size": [8, 8], "batch": batch, "remat": True}
+    row = bench_cli._train(job | {"dtype": "float32"}, arguments())
+    assert [micro for _, micro in seen] == asked and len({id(w) for w, _ in seen}) == len(asked)
+    last = row["results"][-1]
+    assert last["micro"] * last["accumulate"] == batch and row["trained"] == 3
 
 
 @pytest.mark.parametrize(
@@ -219,6 +289,118 @@ def test_all_is_everything_an_accelerator_is_to_show(measured, tmp_path, monkeyp
         ("stage1", "d3_light_small", [480, 640]),
         ("pieces", "d2_base", [576, 768]),
     ]
+
+
+def saved_rows(out) -> list[dict]:
+    return json.loads((out / "bench.json").read_text())["rows"]
+
+
+def test_resume_keeps_what_is_not_asked_for_now_or_not_reached(measured, tmp_path):
+    def models():
+        return sorted(row["model"] for row in saved_rows(tmp_path))
+
+    out = ["--out", str(tmp_path)]
+    measured["d3_tiny"] = {"error": "it was killed"}
+    assert cli.main(["bench", "d3_fast", "d3_tiny", *out]) == 1
+    # The failure is not of this call.
+    assert cli.main(["bench", "d3_base", *out, "--resume"]) == 0
+    assert models() == ["d3_base", "d3_fast", "d3_tiny"]
+    measured["d3_small"] = KeyboardInterrupt()
+    args = ["bench", "d2_base", "d3_small", "d3_fast", *out]
+    assert cli.main([*args, "--resume"]) == 130
+    assert models() == ["d2_base", "d3_base", "d3_fast", "d3_tiny"]
+    assert cli.main(args) == 130  # begins anew
+    assert models() == ["d2_base"]
+
+
+def test_rematerialisation_is_part_of_a_measurement(measured, tmp_path):
+    args = ["bench", "d3_fast", "--what", "stage2", "--out", str(tmp_path), "--resume"]
+    for more in ([], ["--no-remat"], []):
+        assert cli.main([*args, *more]) == 0
+    rows = saved_rows(tmp_path)
+    assert [row["remat"] for row in rows] == [False, True]
+    step = {"micro": 2, "accumulate": 1, "compile_s": 1.0, "seconds": [0.5], "macs": 10**9}
+    step["memory"] = {"bytes": 2**30}
+    found = {"results": [step], "trained": 10**6, "matmul": 1e9}
+    table = bench_report.markdown([row | found for row in rows]).splitlines()
+    cells = [line.replace(" ", "").split("|") for line in table if line.startswith("|")]
+    column = cells[0].index("remat")
+    assert sorted(line[column] for line in cells[-2:]) == ["no", "yes"]
+
+
+def test_model_directories_are_predicted_with_and_what_says_what(measured, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    model = small_model(STUDENT)
+    hub.save_model("model", model, init_params(model, 0))
+    assert cli.main(["bench", "--all", "model"]) == 0
+    assert {(row["what"], row["model"]) for row in saved_rows(tmp_path / "bench")} == {
+        ("predict", "model")
+    }
+    assert cli.main(["bench", "--all", "--what", "stage1", "predict", "--batch", "1"]) == 0
+    assert {row["what"] for row in saved_rows(tmp_path / "bench")} == {"predict", "stage1"}
+
+
+def test_broken_files_are_told_not_raised(measured, tmp_path, capsys):
+    (tmp_path / "bench.json").write_text('{"rows": [')
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model/model_index.json").write_text("{}")
+    with pytest.raises(SystemExit) as error:
+        cli.main(["bench", str(tmp_path / "model"), "--out", str(tmp_path), "--resume"])
+    told = capsys.readouterr().err
+    assert error.value.code == 2
+    assert "bench.json cannot be read" in told
+    assert "model is not a whole model" in told and "unet/config.json" in told
+
+
+def test_each_measured_turn_follows_one_that_is_not_and_memory_the_pipeline(tmp_path):
+    asked = []
+
+    class FakeWorker:
+        def __init__(self, name):
+            self.name = name
+
+        def ask(self, do, save="", **request):
+            asked.append((self.name, request.get("part", do)))
+            if save:
+                np.save(save, np.ones(3))
+            return {"seconds": float(len(asked)), "variants": ["eager"]}
+
+    np.save(tmp_path / "ours.npy", np.zeros(3))
+    ours, theirs = FakeWorker("ours"), FakeWorker("theirs")
+    job = {"size": [8, 8], "batch": 1, "dtype": "float32", "model": "m"}
+    row = {"steps": 1, "macs": dict.fromkeys(macs.PARTS)}
+    found = bench_cli._compare(job, arguments(), ours, theirs, tmp_path, "", row)["eager"]
+
+    def turns(name):
+        return [("ours", name)] * 2 + [("theirs", name)] * 2
+
+    begin = [("theirs", name) for name in ("open", "prepare", "run")]
+    parts = [turn for part in macs.PARTS for turn in 2 * turns(part)]
+    assert asked == begin + 2 * turns("run") + [("theirs", "memory")] + parts
+    assert found["ours"]["pipeline"] == [5.0, 9.0] and found["theirs"]["pipeline"] == [7.0, 11.0]
+
+
+def test_diffusers_unet_takes_all_steps_and_memory_begins_when_it_is_prepared(
+    saved, monkeypatch, tmp_path
+):
+    from d3epth_jax import compare_diffusers
+
+    theirs, calls = compare_diffusers.Theirs(), []
+    theirs.open(str(saved[0]), [32, 48], 1, "float32", steps=3)
+    theirs.pipe.unet.register_forward_hook(lambda *_: calls.append("unet"))
+    monkeypatch.setattr(compare_diffusers, "forget_peak_memory", lambda: calls.append("forget"))
+    theirs.prepare("channels_last")
+    np.save(tmp_path / "picture.npy", random_picture((32, 48)))
+    for run in (lambda: theirs.run(str(tmp_path / "picture.npy")), lambda: theirs.part("unet")):
+        assert run()["seconds"] > 0
+    assert calls == ["forget"] + 2 * 3 * ["unet"]
+
+
+def test_pictures_to_compare_with_need_no_jax():
+    code = "from d3epth_jax.bench_worker import random_picture as r; r((8, 8)); import sys"
+    check = f"{code}; print('jax' in sys.modules)"
+    out = subprocess.run([sys.executable, "-c", check], check=True, capture_output=True, text=True)
+    assert out.stdout == "False\n"
 
 
 def test_beside_diffusers_the_same_weights_give_the_same_depth(saved, tmp_path, capsys):

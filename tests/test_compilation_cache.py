@@ -65,6 +65,18 @@ def test_without_a_folder_to_write_all_goes_on_and_a_line_says_so(tmp_path):
     assert out.stderr.count("compiled programs are not kept for the next run") == 1
 
 
+def test_a_user_without_a_home_goes_on_without(tmp_path):
+    homeless = """
+import pathlib
+def home():
+    raise RuntimeError("Could not determine home directory.")
+pathlib.Path.home = home
+"""
+    out = python(tmp_path, "-c", homeless + CHILD, XDG_CACHE_HOME="")
+    assert out.stdout.startswith("None\n")
+    assert "are not kept for the next run: Could not determine home" in out.stderr
+
+
 @pytest.mark.slow
 def test_first_prediction_of_the_smallest_preset(tmp_path):
     """From a cold process: under 15 s, and under 5 s with the cache warm.

@@ -68,3 +68,14 @@ def test_only_small_maps_of_many_channels_are_taken_apart(shape, small):
     variables = jax.eval_shape(module.init, jax.random.key(0), x)
     program = str(jax.make_jaxpr(module.apply)(variables, x))
     assert ("conv_general_dilated" not in program) == small
+
+
+@pytest.mark.parametrize(
+    ("options", "channels"),
+    [({"rhs_dilation": (2, 2)}, 6), ({"feature_group_count": 2}, 3), ({"precision": None}, 6)],
+)
+def test_dilated_and_grouped_convolutions_are_xlas(patches, options, channels):
+    x, k = random(2, 7, 8, 6), random(3, 3, channels, 4)
+    expected = jax.lax.conv_general_dilated(x, k, (1, 1), SAME, dimension_numbers=NHWC, **options)
+    got = layers._convolve(x, k, (1, 1), SAME, **options)
+    np.testing.assert_allclose(got, expected, atol=2e-5)

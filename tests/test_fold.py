@@ -53,7 +53,9 @@ SCHEDULE = NoiseSchedule(
 
 @functools.cache
 def make(autoencoder="tiny", tokens=2, **schedule):
-    model = DepthModel(UNET, AUTOENCODERS[autoencoder], dataclasses.replace(SCHEDULE, **schedule))
+    schedule = dataclasses.replace(SCHEDULE, **schedule)
+    timestep = int(schedule.timesteps(1)[0])
+    model = DepthModel(UNET, AUTOENCODERS[autoencoder], schedule, timestep=timestep)
     params = random_like(abstract_params(model))
     rng = np.random.default_rng(2)
     params["prompt"] = rng.normal(size=(1, tokens, UNET.cross_attention_dim)).astype(np.float32)
@@ -107,6 +109,7 @@ def test_each_piece_alone_changes_nothing(piece):
         {"set_alpha_to_one": True, "rescale_betas_zero_snr": True},
         {"prediction_type": "epsilon"},
         {"prediction_type": "sample"},
+        {"timestep_spacing": "leading", "steps_offset": 1},
     ],
 )
 def test_the_head_gives_the_latent_of_any_parametrisation(schedule):
@@ -193,8 +196,30 @@ def test_gradients_flow_through_what_training_folds(autoencoder):
         np.testing.assert_allclose(ours[path] / scale, expected / scale, atol=2e-4, err_msg=path)
 
 
-def test_what_is_folded_already_is_not_folded_again():
+@pytest.mark.parametrize("pieces", [None, *((piece,) for piece in fold.PIECES)], ids=str)
+@pytest.mark.parametrize("tokens", [2, 77])
+def test_what_is_folded_already_is_not_folded_again(pieces, tokens):
+    model, params = make(tokens=tokens)
+    once = fold.fold(model, params, pieces)
+    assert not {"time", "latent"} & set(pieces or fold.PIECES) & set(fold.foldable(once[0]))
+    again = fold.fold(*once, pieces)
+    assert again[0] == once[0]
+    for ours, theirs in zip(*(jax.tree.leaves(p) for _, p in (again, once)), strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+
+
+def test_a_timestep_that_inference_does_not_use_is_not_folded():
     model, params = make()
-    once = fold.fold(model, params, ("upsampling",))
-    again = fold.fold(*once, ("upsampling",))
-    assert again[0] == once[0] and shapes(again[1]) == shapes(once[1])
+    model = dataclasses.replace(model, timestep=500)
+    with pytest.raises(ValueError, match=r"timestep is 500.* a single step at 999"):
+        fold.fold(model, params)
+    assert fold.fold(model, params, fold.TRAINING)[0].folding.prompt_tokens == 2
+
+
+def test_a_pipeline_folds_unless_it_is_told_not_to():
+    model, params = make()
+    assert DepthPipeline(model, params).networks(1)[0].folding.time
+    assert not DepthPipeline(model, params).networks(2)[0].folding.time
+    latents = np.zeros((1, 4, 4, 4), np.float32)
+    assert not DepthPipeline(model, params).networks(1, latents)[0].folding.time
+    assert DepthPipeline(model, params, fold=False).networks(1)[0] == model

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from configs import common, stage2
-from d3epth_jax import from_config, inference
+from d3epth_jax import from_config, inference, train
 from d3epth_jax.models.depth_model import init_params
 from d3epth_jax.stages import latent, pixel
 from d3epth_jax.train_state import merge, split_trainable
@@ -56,6 +56,7 @@ def test_kernels_cast_once_give_the_numbers_of_kernels_cast_at_each_call(autoenc
     flat = keys.flatten(cast)
     assert flat["unet", "conv_in", "kernel"].dtype == "bfloat16"
     assert flat["unet", "conv_norm_out", "scale"].dtype == "float32"
+    assert flat["prompt",].dtype == "float32"  # folding in training computes with it as it is
     for ours, theirs in zip(test_fold.run(model, cast), test_fold.run(model, params), strict=True):
         np.testing.assert_array_equal(np.asarray(ours), np.asarray(theirs))
 
@@ -81,10 +82,22 @@ def test_a_folded_teacher_teaches_the_same_latent_and_features(schedule):
         assert relative_error(np.asarray(features[name]), np.asarray(expected[name])) < 3e-5
 
 
-def with_teacher(**train):
+def test_an_evaluation_in_training_folds_nothing_more(monkeypatch):
+    class Made(Exception):
+        pass
+
+    def pipeline(*_, **settings):
+        raise Made(settings["fold"])
+
+    monkeypatch.setattr(train, "DepthPipeline", pipeline)
+    with pytest.raises(Made, match="False"):
+        train.score(None, None, None, None, None, None, 1)
+
+
+def with_teacher(**settings):
     config = common.training("latent")
     config.teacher.path = "somewhere"
-    config.teacher.update(train)
+    config.teacher.update(settings)
     return config
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from d3epth_jax import inference, macs
-from d3epth_jax.models import attention, presets
+from d3epth_jax.models import attention, layers, presets
 from d3epth_jax.models.depth_model import DepthModel, abstract_params
 from tests.conftest import small_model, small_unet
 
@@ -38,17 +38,18 @@ def preset(name, tokens=2):
 def test_the_figures_of_method_6(name, part, giga):
     model, params = preset(name, tokens=77)
     function, inputs = macs.part_programs(model, SIZE)[part]
-    with macs.whole_attention():
+    with macs.plain_forms():
         assert abs(macs.count(function, params, *inputs).dense / 1e9 - giga) < 1
 
 
-def test_numbers_do_not_depend_on_how_attention_is_cut_up(monkeypatch):
+def test_numbers_do_not_depend_on_the_form_that_a_device_computes_fast(monkeypatch):
     model, params = small_model(), abstract_params(small_model())
     once = macs.of_model(model, params, (96, 128), batch=2)
     monkeypatch.setitem(attention.MAX_LOGITS, "cpu", 1000)
+    monkeypatch.setattr(layers, "PATCHES_MIN_CHANNELS", 1)
     limits = dict(attention.MAX_LOGITS)
     assert macs.of_model(model, params, (96, 128), batch=2) == once
-    assert limits == attention.MAX_LOGITS
+    assert limits == attention.MAX_LOGITS and layers.PATCHES_MAX_CELLS > 0
     bfloat = dataclasses.replace(model, dtype="bfloat16", remat=True)
     assert macs.of_model(bfloat, params, (96, 128), batch=2) == once
     # A loop over chunks does the same products, and more where the last chunk is filled up.
@@ -142,7 +143,7 @@ def test_a_whole_program_costs_its_products(part):
     """By the cost analysis of the lowered program, which also counts all else: 3 %."""
     model, params = preset("d3_fast")
     function, inputs = macs.part_programs(model, (256, 256))[part]
-    with macs.whole_attention():
+    with macs.plain_forms():
         count = macs.count(function, params, *inputs)
         xla = jax.jit(function).lower(params, *inputs).cost_analysis()["flops"] / 2
     assert count.valid < xla < 1.03 * count.valid
@@ -158,7 +159,7 @@ def test_training_costs_as_many_macs_as_its_gradient_has():
         return inference.decode_depth(model, everything, latent).sum()
 
     rest = {name: tree for name, tree in params.items() if name != "unet"}
-    with macs.whole_attention():
+    with macs.plain_forms():
         traced = macs.count(jax.grad(loss), params["unet"], rest, shape(1, 128, 128, 3)).valid
     forward = macs.of_model(model, params, (128, 128))
     formula = macs.of_training(

@@ -23,7 +23,8 @@ def attention(
     """
     if implementation is None:
         fused = jax.default_backend() == "gpu" and q.dtype.itemsize == 2 and mask is None
-        implementation = "cudnn" if fused and q.shape[-1] <= 128 else "chunked"
+        fits = q.shape[-1] <= 128 and q.shape[-1] % 8 == 0
+        implementation = "cudnn" if fused and fits else "chunked"
     if implementation == "cudnn":
         return jax.nn.dot_product_attention(q, k, v, implementation="cudnn")
     if implementation != "chunked":

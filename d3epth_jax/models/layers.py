@@ -405,7 +405,9 @@ def _convolve(x, kernel, strides, padding, *, dimension_numbers=_NHWC, **options
         for side, pad, size, stride in zip(x.shape[1:3], padding, taps, strides, strict=True)
     )
     small = x.shape[0] * height * width <= PATCHES_MAX_CELLS
-    if not (small and kernel.shape[2] >= PATCHES_MIN_CHANNELS and jax.default_backend() == "cpu"):
+    wide = kernel.shape[2] >= PATCHES_MIN_CHANNELS
+    plain = all(value in (None, 1, (1, 1)) for value in options.values())  # no dilation, no groups
+    if not (small and wide and plain and jax.default_backend() == "cpu"):
         return jax.lax.conv_general_dilated(
             x, kernel, strides, padding, dimension_numbers=dimension_numbers, **options
         )

@@ -2,6 +2,9 @@
 
 Two modules, because their parameters live in separate trees: quant_conv belongs to the encoder,
 post_quant_conv to the decoder. Submodule names are torch's with `.N` written `_N`.
+
+Pictures are not cut into tiles: GroupNorm's statistics are over the whole picture, so that tiles
+would not give its numbers.
 """
 
 from typing import Any

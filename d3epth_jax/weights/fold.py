@@ -32,23 +32,35 @@ def fold(
     """(model, parameters) with these pieces folded; None: all that a single step allows.
 
     `time`, `latent` and `head` mean one step of inference from a zero latent (SINGLE_STEP).
-    `prompt` and `upsampling` can be folded inside a training step too (`fold_in_training`). Raises
-    ValueError for unknown pieces, and for a head of which the latent is no multiple.
+    `prompt` and `upsampling` can be folded inside a training step too (`fold_in_training`). What is
+    folded already stays as it is. Raises ValueError for unknown pieces, for a head of which the
+    latent is no multiple, and where training's single step is at another timestep than inference's.
     """
-    pieces = foldable(model) if pieces is None else tuple(pieces)
+    there = foldable(model)
+    pieces = there if pieces is None else tuple(pieces)
+    start = int(model.schedule.timesteps(1)[0])
     if unknown := sorted(set(pieces) - set(PIECES)):
         raise ValueError(f"unknown pieces {unknown}: choose from {list(PIECES)}")
+    if "head" in pieces and model.schedule.clip_sample:
+        raise ValueError("clip_sample cuts the latent: the head cannot be folded")
+    if set(pieces) & set(SINGLE_STEP) and model.timestep != start:
+        raise ValueError(
+            f"the model's timestep is {model.timestep}, but its schedule takes a single step at"
+            f" {start}: {', '.join(SINGLE_STEP)} cannot be folded for both; set one to the other,"
+            " or do not fold"
+        )
     flat = keys.flatten(params)
-    for piece in PIECES:
+    for piece in there:
         if piece in pieces:
             model = _FOLDS[piece](model, flat)
     return model, keys.unflatten(flat)
 
 
 def foldable(model: DepthModel, *, single_step: bool = True) -> tuple[str, ...]:
-    """The pieces that the model has: for one step from a zero latent, or for any of both."""
+    """What is not folded yet: for one step from a zero latent, or for any of both."""
     absent = {
-        "prompt": not model.unet.needs_prompt,
+        "time": model.folding.time,
+        "prompt": not model.needs_prompt,
         "latent": model.unet.in_channels == model.autoencoder.latent_channels,
         "head": model.schedule.clip_sample,
     }
@@ -76,8 +88,7 @@ def fold_in_training(model: DepthModel, params: Params) -> tuple[DepthModel, Par
 
     The gradient flows through the folding, to the parameters as they are saved.
     """
-    pieces = [p for p in ("prompt", "upsampling") if p in foldable(model)]
-    return fold(model, params, pieces)
+    return fold(model, params, TRAINING)
 
 
 def fold_frozen(model: DepthModel, trainable: Params, rest: Params) -> tuple[DepthModel, Params]:
@@ -93,15 +104,15 @@ def fold_frozen(model: DepthModel, trainable: Params, rest: Params) -> tuple[Dep
 
 
 def cast_kernels(model: DepthModel, params: Params) -> Params:
-    """Kernels, and the prompt, in the model's compute type, to which each call would cast them.
+    """Kernels in the model's compute type, to which each call would cast them.
 
-    No number that is computed changes: norms, biases and the decoder's last convolution, which
-    compute in float32 or cost nothing to cast, stay as they are.
+    No number that is computed changes: norms, biases, the prompt and the decoder's last
+    convolution, which compute in float32 or cost nothing to cast, stay as they are.
     """
     flat, kind = keys.flatten(params), jnp.dtype(model.dtype)
-    last = ("decoder", _last_of_decoder(flat), "kernel")
+    exact = ("prompt",), ("decoder", _last_of_decoder(flat), "kernel")
     cast = {
-        path: x if x.ndim < 2 or path == last else x.astype(kind, copy=False)
+        path: x if x.ndim < 2 or path in exact else x.astype(kind, copy=False)
         for path, x in flat.items()
     }
     return keys.unflatten(cast)
@@ -177,20 +188,11 @@ def _latent(model: DepthModel, flat: Flat) -> DepthModel:
 def _head(model: DepthModel, flat: Flat) -> DepthModel:
     """One DDIM step from zero is a factor: of v and epsilon, and of the sample."""
     schedule = model.schedule
-    if schedule.clip_sample:
-        raise ValueError("clip_sample cuts the latent: the head cannot be folded")
     factor = float(schedule.step(np.float64(1), np.float64(0), model.timestep, 1))
     for name in ("kernel", "bias"):
         _scale(flat, ("unet", "conv_out", name), factor)
-    direct = dataclasses.replace(
-        schedule,
-        prediction_type="sample",
-        set_alpha_to_one=True,
-        timestep_spacing="trailing",
-        rescale_betas_zero_snr=True,
-    )
-    timestep = int(direct.timesteps(1)[0])
-    return dataclasses.replace(model, schedule=direct, timestep=timestep)
+    direct = dataclasses.replace(schedule, prediction_type="sample", set_alpha_to_one=True)
+    return dataclasses.replace(model, schedule=direct)
 
 
 def _upsampling(model: DepthModel, flat: Flat) -> DepthModel:
@@ -232,6 +234,7 @@ _FOLDS = {
 }
 PIECES = tuple(_FOLDS)
 SINGLE_STEP = ("time", "latent", "head")  # the others hold for any latents and number of steps
+TRAINING = ("prompt", "upsampling")
 
 
 def _note(model: DepthModel, **folded) -> DepthModel:
