@@ -16,7 +16,7 @@ import numpy as np
 from jax.extend import core
 
 from d3epth_jax import inference
-from d3epth_jax.models import attention, layers
+from d3epth_jax.models import attention, convolution
 from d3epth_jax.models.depth_model import DepthModel, abstract_params, count_params
 from d3epth_jax.typing import Params
 from d3epth_jax.weights import fold, keys
@@ -77,14 +77,14 @@ def plain_forms() -> Iterator[None]:
     Chunks are filled up with queries that nobody asked for, and a product with patches, which a CPU
     computes some convolutions as, does not tell which taps are on the padding.
     """
-    limits, cells = dict(attention.MAX_LOGITS), layers.PATCHES_MAX_CELLS
+    limits, cells = dict(attention.MAX_LOGITS), convolution.PATCHES_MAX_CELLS
     attention.MAX_LOGITS.update(dict.fromkeys(limits, sys.maxsize))
-    layers.PATCHES_MAX_CELLS = 0
+    convolution.PATCHES_MAX_CELLS = 0
     try:
         yield
     finally:
         attention.MAX_LOGITS.update(limits)
-        layers.PATCHES_MAX_CELLS = cells
+        convolution.PATCHES_MAX_CELLS = cells
 
 
 def part_programs(

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from d3epth_jax.models import layers
+from d3epth_jax.models import convolution
 
 NHWC = ("NHWC", "HWIO", "NHWC")
 SAME, SD_VAE = ((1, 1), (1, 1)), ((0, 1), (0, 1))
@@ -15,7 +15,7 @@ SAME, SD_VAE = ((1, 1), (1, 1)), ((0, 1), (0, 1))
 class Once(nn.Module):
     @nn.compact
     def __call__(self, x):
-        return layers.conv("conv", 8, jnp.float32)(x)
+        return convolution.conv("conv", 8, jnp.float32)(x)
 
 
 def random(*shape):
@@ -26,7 +26,7 @@ def random(*shape):
 @pytest.fixture
 def patches(monkeypatch):
     """Patches for every number of channels, as for a thousand."""
-    monkeypatch.setattr(layers, "PATCHES_MIN_CHANNELS", 1)
+    monkeypatch.setattr(convolution, "PATCHES_MIN_CHANNELS", 1)
 
 
 @pytest.mark.parametrize(
@@ -48,7 +48,7 @@ def test_patches_give_the_convolution_and_its_gradients(patches, size, kernel, s
         return jax.lax.conv_general_dilated(x, k, strides, padding, dimension_numbers=NHWC)
 
     def ours(x, k):
-        return layers._convolve(x, k, strides, padding)
+        return convolution.convolve(x, k, strides, padding)
 
     assert "conv_general_dilated" not in str(jax.make_jaxpr(ours)(x, k))
     results = []
@@ -77,5 +77,5 @@ def test_only_small_maps_of_many_channels_are_taken_apart(shape, small):
 def test_dilated_and_grouped_convolutions_are_xlas(patches, options, channels):
     x, k = random(2, 7, 8, 6), random(3, 3, channels, 4)
     expected = jax.lax.conv_general_dilated(x, k, (1, 1), SAME, dimension_numbers=NHWC, **options)
-    got = layers._convolve(x, k, (1, 1), SAME, **options)
+    got = convolution.convolve(x, k, (1, 1), SAME, **options)
     np.testing.assert_allclose(got, expected, atol=2e-5)

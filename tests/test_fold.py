@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from d3epth_jax import DepthPipeline, inference
-from d3epth_jax.models import layers
+from d3epth_jax.models import convolution, layers
 from d3epth_jax.models.config import AutoencoderKLConfig, TinyAutoencoderConfig, UNetConfig
 from d3epth_jax.models.depth_model import DepthModel, abstract_params
 from d3epth_jax.schedule import NoiseSchedule
@@ -139,9 +139,9 @@ def test_what_does_not_change_is_shared():
 
 def test_phase_kernels_are_undone_exactly_enough():
     kernel = np.random.default_rng(0).normal(size=(3, 3, 4, 5)).astype(np.float32)
-    phases = layers.phase_kernel(kernel)
+    phases = convolution.phase_kernel(kernel)
     assert phases.shape == (2, 2, 2, 2, 4, 5)
-    np.testing.assert_allclose(layers.whole_kernel(phases), kernel, atol=1e-6)
+    np.testing.assert_allclose(convolution.whole_kernel(phases), kernel, atol=1e-6)
     # By hand: an even row and an odd column see rows -1, 0 and columns 0, 1.
     np.testing.assert_allclose(phases[0, 1, 0, 1], kernel[0, 2], atol=1e-6)
     np.testing.assert_allclose(phases[0, 1, 1, 0], kernel[1:, :2].sum((0, 1)), atol=1e-6)

@@ -11,8 +11,8 @@ class Folding:
       time: the timestep; its embedding is a bias in every ResNet.
       prompt_tokens: of the prompt, where attention to it is cheaper so (`layers.collapses`); 0:
         the prompt is an input.
-      upsampling: the upsampling before a convolution (`layers.PhaseConv`), in these of the networks
-        "unet" and "decoder".
+      upsampling: the upsampling before a convolution (`convolution.PhaseConv`), in these of the
+        networks "unet" and "decoder".
     """
 
     time: bool = False

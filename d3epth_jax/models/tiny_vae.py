@@ -11,7 +11,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from d3epth_jax.models import layers
+from d3epth_jax.models import convolution, layers
 from d3epth_jax.models.config import TinyAutoencoderConfig
 from d3epth_jax.models.folding import NOT_FOLDED, Folding
 
@@ -90,11 +90,11 @@ class _Layers:
 
     def conv(self, features: int, **options) -> nn.Conv:
         options = {"dtype": self.dtype, **options}
-        return layers.conv(self.skip(), features, **options)
+        return convolution.conv(self.skip(), features, **options)
 
     def upsample(self, x, features: int, *, phases: bool):
         size = (2 * x.shape[1], 2 * x.shape[2])
-        return layers.upsample_conv(
+        return convolution.upsample_conv(
             x, size, self.skip(), features, self.dtype, phases=phases, use_bias=False
         )
 
@@ -111,7 +111,7 @@ class TinyBlock(nn.Module):
     @nn.compact
     def __call__(self, x):
         def conv(name):
-            return layers.conv(name, x.shape[-1], self.dtype)
+            return convolution.conv(name, x.shape[-1], self.dtype)
 
         h = nn.relu(conv("conv_0")(x))
         h = nn.relu(conv("conv_2")(h))

@@ -10,7 +10,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from d3epth_jax.models import layers
+from d3epth_jax.models import convolution, layers
 from d3epth_jax.models.config import UNetConfig
 from d3epth_jax.models.folding import NOT_FOLDED, Folding
 
@@ -40,7 +40,7 @@ class UNet(nn.Module):
         temb = None if self.folding.time else self._embed(timestep)
 
         features = {}
-        x = layers.conv("conv_in", width, self.dtype)(sample)
+        x = convolution.conv("conv_in", width, self.dtype)(sample)
         skips = [x]
         last = len(c.block_out_channels) - 1
         for i, kind in enumerate(c.down_block_types):
@@ -65,7 +65,7 @@ class UNet(nn.Module):
             )
 
         x = layers.group_norm("conv_norm_out", c.norm_num_groups, c.norm_eps, self.dtype)(x)
-        return layers.conv("conv_out", c.out_channels, self.dtype)(nn.silu(x)), features
+        return convolution.conv("conv_out", c.out_channels, self.dtype)(nn.silu(x)), features
 
     def _embed(self, timestep):
         c, width = self.config, self.config.block_out_channels[0]
@@ -130,7 +130,7 @@ class DownBlock(_Block):
                 projections.append(projection)
             skips.append(x)
         if self.downsample:
-            x = layers.Downsample(self.dtype, name="downsamplers_0")(x)
+            x = convolution.Downsample(self.dtype, name="downsamplers_0")(x)
             skips.append(x)
         return x, skips, projections
 
@@ -158,7 +158,7 @@ class UpBlock(_Block):
                 x, _ = self.transformer(i)(x, prompt)
         if size is not None:
             phases = "unet" in self.folding.upsampling
-            x = layers.Upsample(self.dtype, phases, name="upsamplers_0")(x, size)
+            x = convolution.Upsample(self.dtype, phases, name="upsamplers_0")(x, size)
         return x
 
 

@@ -13,7 +13,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from d3epth_jax.models import layers
+from d3epth_jax.models import convolution, layers
 from d3epth_jax.models.config import AutoencoderKLConfig
 from d3epth_jax.models.folding import NOT_FOLDED, Folding
 
@@ -45,7 +45,7 @@ class KLEncoder(_Part):
         c = self.config
         layers.check_image("KLEncoder", image, c.in_channels, c.downsampling)
         shared = self._shared()
-        x = layers.conv("conv_in", c.block_out_channels[0], self.dtype)(image)
+        x = convolution.conv("conv_in", c.block_out_channels[0], self.dtype)(image)
         last = len(c.block_out_channels) - 1
         for i, channels in enumerate(c.block_out_channels):
             x = _DownBlock(
@@ -53,11 +53,11 @@ class KLEncoder(_Part):
             )(x)
         x = _MidBlock(name="mid_block", **shared)(x)
         x = nn.silu(self.norm("conv_norm_out")(x))
-        moments = layers.conv("conv_out", 2 * c.latent_channels, self.dtype)(x)
+        moments = convolution.conv("conv_out", 2 * c.latent_channels, self.dtype)(x)
         if c.use_quant_conv:
-            moments = layers.conv("quant_conv", 2 * c.latent_channels, self.dtype, kernel_size=1)(
-                moments
-            )
+            moments = convolution.conv(
+                "quant_conv", 2 * c.latent_channels, self.dtype, kernel_size=1
+            )(moments)
         return moments[..., : c.latent_channels]
 
 
@@ -75,14 +75,14 @@ class KLDecoder(_Part):
         shared = self._shared()
         x = latent
         if c.use_post_quant_conv:
-            x = layers.conv("post_quant_conv", c.latent_channels, self.dtype, kernel_size=1)(x)
-        x = layers.conv("conv_in", c.block_out_channels[-1], self.dtype)(x)
+            x = convolution.conv("post_quant_conv", c.latent_channels, self.dtype, kernel_size=1)(x)
+        x = convolution.conv("conv_in", c.block_out_channels[-1], self.dtype)(x)
         x = _MidBlock(name="mid_block", **shared)(x)
         last = len(c.block_out_channels) - 1
         for i, channels in enumerate(reversed(c.block_out_channels)):
             x = _UpBlock(channels=channels, upsample=i < last, name=f"up_blocks_{i}", **shared)(x)
         x = nn.silu(self.norm("conv_norm_out")(x))
-        return layers.conv("conv_out", c.out_channels, jnp.float32)(x)
+        return convolution.conv("conv_out", c.out_channels, jnp.float32)(x)
 
 
 class _Block(_Part):
@@ -101,8 +101,8 @@ class _DownBlock(_Block):
         for i in range(self.config.layers_per_block):
             x = self.resnet(i, self.channels)(x)
         if self.downsample:
-            padding = layers.VAE_DOWNSAMPLE_PADDING
-            x = layers.Downsample(self.dtype, padding, name="downsamplers_0")(x)
+            padding = convolution.VAE_DOWNSAMPLE_PADDING
+            x = convolution.Downsample(self.dtype, padding, name="downsamplers_0")(x)
         return x
 
 
@@ -128,7 +128,7 @@ class _UpBlock(_Block):
         if self.upsample:
             double = (2 * x.shape[1], 2 * x.shape[2])
             phases = "decoder" in self.folding.upsampling
-            x = layers.Upsample(self.dtype, phases, name="upsamplers_0")(x, double)
+            x = convolution.Upsample(self.dtype, phases, name="upsamplers_0")(x, double)
         return x
 
 

@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from d3epth_jax.models import layers
+from d3epth_jax.models import convolution, layers
 from d3epth_jax.models.depth_model import DepthModel
 from d3epth_jax.typing import Params
 from d3epth_jax.weights import keys
@@ -200,7 +200,7 @@ def _upsampling(model: DepthModel, flat: Flat) -> DepthModel:
     paths = [p for p in flat if p[0] not in before and _follows_upsampling(p, flat)]
     for path in paths:
         kernel = flat[path]
-        flat[path] = layers.phase_kernel(_exact(kernel)).astype(kernel.dtype)
+        flat[path] = convolution.phase_kernel(_exact(kernel)).astype(kernel.dtype)
     return _note(model, upsampling=tuple(sorted({*before, *(path[0] for path in paths)})))
 
 

@@ -1,0 +1,199 @@
+"""Convolutions and changes of size, NHWC, each in the form that is fast where it runs.
+
+Numeric details are named here as in layers.py (METHOD 1), for tests to break on purpose.
+"""
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+DOWNSAMPLE_PADDING = ((1, 1), (1, 1))
+VAE_DOWNSAMPLE_PADDING = ((0, 1), (0, 1))
+_ABSENT = nn.initializers.zeros  # see layers.py
+_NHWC = ("NHWC", "HWIO", "NHWC")
+
+
+def conv(
+    name: str,
+    features: int,
+    dtype: Any,
+    *,
+    kernel_size: int = 3,
+    strides: int = 1,
+    padding: tuple | None = None,
+    use_bias: bool = True,
+) -> nn.Conv:
+    """A convolution; by default its padding keeps the size."""
+    pad = kernel_size // 2
+    return nn.Conv(
+        features,
+        (kernel_size, kernel_size),
+        strides=strides,
+        padding=padding or ((pad, pad), (pad, pad)),
+        use_bias=use_bias,
+        dtype=dtype,
+        kernel_init=_ABSENT,
+        conv_general_dilated=convolve,
+        name=name,
+    )
+
+
+# XLA's convolutions on a CPU rearrange the kernel at each call, which is most of their time where
+# a wide kernel meets a small map: there the product with all patches takes 0.3 to 0.9 of it.
+PATCHES_MAX_CELLS, PATCHES_MIN_CHANNELS = 512, 1024
+
+
+def convolve(x, kernel, strides, padding, *, dimension_numbers=_NHWC, **options):
+    """`lax.conv_general_dilated` of NHWC and HWIO, in the form that is fast where it runs."""
+    taps = kernel.shape[:2]
+    height, width = (
+        (side + sum(pad) - size) // stride + 1
+        for side, pad, size, stride in zip(x.shape[1:3], padding, taps, strides, strict=True)
+    )
+    small = x.shape[0] * height * width <= PATCHES_MAX_CELLS
+    wide = kernel.shape[2] >= PATCHES_MIN_CHANNELS
+    plain = all(value in (None, 1, (1, 1)) for value in options.values())  # no dilation, no groups
+    if not (small and wide and plain and jax.default_backend() == "cpu"):
+        return jax.lax.conv_general_dilated(
+            x, kernel, strides, padding, dimension_numbers=dimension_numbers, **options
+        )
+    x = jnp.pad(x, ((0, 0), *padding, (0, 0)))
+    down, right = strides
+    patches = [
+        x[:, i : i + down * (height - 1) + 1 : down, j : j + right * (width - 1) + 1 : right]
+        for i in range(taps[0])
+        for j in range(taps[1])
+    ]
+    return jnp.concatenate(patches, -1) @ kernel.reshape(-1, kernel.shape[-1])
+
+
+def upsample_nearest(x: jax.Array, size: tuple[int, int]) -> jax.Array:
+    """Doubles [B, h, w, C] by repetition and cuts it to `size` (at most 2h, 2w).
+
+    Where a skip is odd this equals torch's nearest interpolation to that size; `jax.image.resize`
+    samples at half-pixel centres and does not.
+    """
+    x = jnp.repeat(jnp.repeat(x, 2, axis=1), 2, axis=2)
+    return x[:, : size[0], : size[1]]
+
+
+class Downsample(nn.Module):
+    """Strided convolution, [B, h, w, C] -> [B, ceil(h/2), ceil(w/2), C]."""
+
+    dtype: Any
+    padding: tuple | None = None  # None: the UNet's
+
+    @nn.compact
+    def __call__(self, x):
+        padding = self.padding or DOWNSAMPLE_PADDING
+        return conv("conv", x.shape[-1], self.dtype, strides=2, padding=padding)(x)
+
+
+def upsample_conv(
+    x: jax.Array,
+    size: tuple[int, int],
+    name: str,
+    features: int,
+    dtype: Any,
+    *,
+    phases: bool,
+    use_bias: bool = True,
+) -> jax.Array:
+    """Nearest upsampling to `size` (at most twice x's) and a 3x3 convolution, called `name`.
+
+    Called from a compact module. `phases`: computed as PhaseConv, from its kernel.
+    """
+    if phases:
+        return PhaseConv(features, dtype, use_bias, name=name)(x, size)
+    return conv(name, features, dtype, use_bias=use_bias)(upsample_nearest(x, size))
+
+
+class Upsample(nn.Module):
+    """`upsample_conv` without a change of channels."""
+
+    dtype: Any
+    phases: bool
+
+    @nn.compact
+    def __call__(self, x, size):
+        return upsample_conv(x, size, "conv", x.shape[-1], self.dtype, phases=self.phases)
+
+
+class PhaseConv(nn.Module):
+    """Nearest upsampling and a 3x3 convolution in one: four 2x2 convolutions at low resolution.
+
+    An output cell sees two rows and two columns of x, which depend on whether its row and column
+    are even; kernel [2, 2, 2, 2, Cin, Cout] has the taps of each case (`phase_kernel`). 4/9 of the
+    multiplications. Where `size` cuts the last row or column off, its neighbour sees padding
+    instead: there the 3x3 form is computed.
+    """
+
+    features: int
+    dtype: Any
+    use_bias: bool = True
+
+    @nn.compact
+    def __call__(self, x, size):
+        _, height, width, channels = x.shape
+        shape = (2, 2, 2, 2, channels, self.features)
+        kernel = self.param("kernel", _ABSENT, shape).astype(self.dtype)
+        x = x.astype(self.dtype)
+        bias = 0
+        if self.use_bias:
+            bias = self.param("bias", _ABSENT, (self.features,)).astype(self.dtype)
+        if size != (2 * height, 2 * width):
+            x = upsample_nearest(x, size)
+            return convolve(x, whole_kernel(kernel), (1, 1), ((1, 1), (1, 1))) + bias
+        return _weave(
+            [
+                [convolve(x, kernel[a, b], (1, 1), ((1 - a, a), (1 - b, b))) + bias for b in (0, 1)]
+                for a in (0, 1)
+            ]
+        )
+
+
+# A map of so many elements is woven row by row on a CPU: of a stack, XLA keeps a copy for each
+# layer that reads it, and the largest maps of a decoder are where its memory peaks.
+WEAVE_ROWS_MIN = 2**25
+
+
+def _weave(phases):
+    """Maps [B, h, w, C] of even and odd rows, each of even and odd columns: [B, 2h, 2w, C]."""
+    batch, height, width, channels = phases[0][0].shape
+
+    def weave(phases, axis):
+        return jnp.stack([jnp.stack(row, axis + 1) for row in phases], axis)
+
+    if jax.default_backend() == "cpu" and 4 * phases[0][0].size >= WEAVE_ROWS_MIN:
+        rows = jax.tree.map(lambda x: x.reshape(-1, width, channels), phases)
+        y = jax.lax.map(lambda phases: weave(phases, 0), rows)
+    else:
+        y = weave(phases, 2)
+    return y.reshape(batch, 2 * height, 2 * width, channels)
+
+
+def phase_kernel(kernel):
+    """A 3x3 kernel [3, 3, Cin, Cout] as PhaseConv's: taps that meet the same cell are added."""
+    xp = np if isinstance(kernel, np.ndarray) else jnp
+
+    def split(k):
+        # An even row sees the row before and, twice, its own; an odd one its own twice, and the
+        # next.
+        return xp.stack([xp.stack([k[0], k[1] + k[2]]), xp.stack([k[0] + k[1], k[2]])])
+
+    rows = split(kernel)  # [a, row, 3, Cin, Cout]
+    both = split(xp.moveaxis(rows, 2, 0))  # [b, column, a, row, Cin, Cout]
+    return xp.transpose(both, (2, 0, 3, 1, 4, 5))
+
+
+def whole_kernel(kernel):
+    """The inverse of `phase_kernel`."""
+
+    def join(k):
+        return jnp.stack([k[0, 0], k[1, 0] - k[0, 0], k[1, 1]])
+
+    rows = join(jnp.transpose(kernel, (0, 2, 1, 3, 4, 5)))  # [3, b, column, Cin, Cout]
+    return jnp.moveaxis(join(jnp.moveaxis(rows, 0, 2)), 1, 0)
