@@ -11,8 +11,8 @@ teacher; only feature distillation still runs the teacher's UNet. `data` and `te
 in both, and what differs is refused. Interrupted, it goes on where it was.
 
 `marigold` is the training data of METHOD 9, `tfds` a data set of TFDS or of `d3epth data build`,
-`tiny` RGB-D pairs of your own with the quickstart's teacher, for configs/stage1.py:tiny with
---config.teacher.cache=runs/cache_tiny.
+`tiny` RGB-D pairs of your own with the package's teacher, D^2-nano, for configs/stage1.py:tiny
+with --config.teacher.cache=runs/cache_tiny.
 """
 
 from ml_collections import ConfigDict

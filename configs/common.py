@@ -133,6 +133,7 @@ def training(stage: str) -> ConfigDict:
             "decoder": "own",
             "prediction_type": "depth",  # | disparity | sqrt_disparity
             "processing_resolution": 0,
+            "processing_aspect": placeholder(float),  # width / height; pictures are stretched
             "dtype": "float32",  # compute type: | bfloat16
             "remat": False,
         }

@@ -16,13 +16,14 @@ widened, Marigold or E2E-FT. 865.92M UNet parameters: a large accelerator, or FS
 
 from ml_collections import ConfigDict
 
-from configs import common, quickstart
+from configs import common
+from configs.nano import train as nano
 
 
 def get_config(argument: str | None = None) -> ConfigDict:
     word = common.word(argument, "tiny", *common.DATA_WORDS)
     if word == "tiny":
-        config = quickstart.teacher(tiny=True)
+        config = nano.teacher(tiny=True)
         config.workdir = "runs/d2_tiny"
         return config
     config = common.training("pixel")

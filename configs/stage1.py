@@ -6,10 +6,9 @@
         --config.eval.source.path=DIR                                  # a minute or two on 2 cores
 
 The default distils D^2epth into BK-SDM's small UNet (d3_light_small), both with the same frozen
-tiny autoencoder. `tiny` distils the quickstart's teacher, which it trains first where there is
-none, on RGB-D pairs of your own (data/sources/folder.py says in which layouts). `marigold` is
-configs/d2.py's. With --config.teacher.cache=CACHE the teacher's latents are read
-(configs/cache.py).
+tiny autoencoder. `tiny` distils the package's own teacher, D^2-nano, on RGB-D pairs of your own
+(data/sources/folder.py says in which layouts). `marigold` is configs/d2.py's. With
+--config.teacher.cache=CACHE the teacher's latents are read (configs/cache.py).
 
 `fast` and `turbo` are the students d3_fast and d3_turbo, with a fifth and a tenth of D^2epth's
 multiplications. The encoder too is light, begins as TAESD's and learns the teacher's RGB latent;
@@ -26,10 +25,7 @@ PAIRS = "../shared/rgbd"
 
 
 def on_pairs(config: ConfigDict) -> ConfigDict:
-    """Trains and evaluates a nano student on RGB-D pairs, with the quickstart's teacher."""
-    config.teacher.path = "runs/quickstart/teacher/model"
-    config.teacher.config = quickstart.teacher()  # trained first where it is absent
-    config.teacher.config.workdir = "runs/quickstart/teacher"
+    """Trains and evaluates a nano student on RGB-D pairs."""
     config.data.source = common.folder(PAIRS, split="train")
     config.eval.source = common.folder(PAIRS, split="validation")
     config.eval.num_images = 0

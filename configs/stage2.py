@@ -5,10 +5,10 @@
     python -m d3epth_jax.main --config=configs/stage2.py:tiny --config.data.source.path=DIR \\
         --config.eval.source.path=DIR                                  # a minute or two on 2 cores
 
-Starts from what configs/stage1.py trained (`init`). `tiny` refines a student of the quickstart's
-shape with the teacher's depth as an additional term, on RGB-D pairs of your own. `marigold` is
-configs/d2.py's data. `fast` and `turbo` refine the light students of configs/stage1.py's words;
-words combine, as in configs/stage2.py:turbo,marigold.
+Starts from what configs/stage1.py trained (`init`). `tiny` refines D^3-nano with the teacher's
+depth as an additional term, on RGB-D pairs of your own. `marigold` is configs/d2.py's data. `fast`
+and `turbo` refine the light students of configs/stage1.py's words; words combine, as in
+configs/stage2.py:turbo,marigold.
 
 `24gb` is configs/d2.py's D^2epth, the full-size model without a stage 1, on one card of 24 GB:
 Adam's moments in bfloat16, the moving average in the host's memory, activations recomputed, 32
@@ -36,6 +36,7 @@ def get_config(argument: str | None = None) -> ConfigDict:
         config.workdir = "runs/stage2_tiny"
         config.init = "runs/stage1_tiny/model"
         config.init_config = stage1.get_config("tiny")  # trained first where it is absent
+        config.teacher.path = quickstart.TEACHER
         config.loss.beta.teacher = 0.1
         config.train.steps = config.eval.every = config.train.checkpoint_every = 200
         return config

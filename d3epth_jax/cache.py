@@ -18,7 +18,6 @@ from d3epth_jax import (
     from_config,
     inference,
     sharding,
-    train,
     training_data,
 )
 from d3epth_jax.data import loader
@@ -42,7 +41,6 @@ def run(config, workdir: pathlib.Path) -> None:
     work, and for latents that do not fit float16; SourceError for what is wrong with the pictures.
     """
     check(config)
-    train.train_if_absent(config.teacher.path, config.teacher.get("config"))
     named = training_data.parts(config)
     sources = {name: data.make_source(**part.source) for name, part in named.items()}
     teacher = from_config.read_teacher(config)

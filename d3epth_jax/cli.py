@@ -1,4 +1,4 @@
-"""The command line: d3epth predict photo.jpg --model runs/stage2/model --out depth
+"""The command line: d3epth predict photo.jpg --out depth
 
 A subcommand is a function that adds its arguments, and one that runs it and returns the exit code;
 `main` lists them. Nothing heavy is imported before a command runs: `--help` answers at once.
@@ -56,7 +56,9 @@ def add_predict(commands) -> None:
     parser.set_defaults(run=predict, fail=parser.error)
     add = parser.add_argument
     add("inputs", nargs="+", type=pathlib.Path, metavar="IMAGE_OR_DIR", help="folders: recursively")
-    add("--model", required=True, help="a directory in diffusers' layout, or a hub id OWNER/NAME")
+    add("--model", default="nano",
+        help="a directory in diffusers' layout, or a hub id OWNER/NAME; default: nano, a small "
+        "model that comes with the package")  # fmt: skip
     add("--out", required=True, type=pathlib.Path, help="folder of the results, made as needed")
     add("--processing-resolution", type=_at_least(0), metavar="N",
         help="longest side the networks see; 0: the picture's; default: the model's")  # fmt: skip

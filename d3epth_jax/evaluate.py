@@ -8,6 +8,7 @@ from d3epth_jax.evaluation import Predictor, batch_size_for, evaluate, name_of, 
 from d3epth_jax.metrics import EXPONENT
 from d3epth_jax.pipeline import DepthPipeline
 from d3epth_jax.protocols import Protocol, make_protocol
+from d3epth_jax.weights.download import BUNDLED
 
 log = logging.getLogger(__name__)
 
@@ -87,7 +88,8 @@ def wanted(config) -> tuple[dict, dict]:
 
 def require_models(config) -> None:
     """Raises FileNotFoundError with all model directories that are missing."""
-    missing = [path for path in wanted(config)[0].values() if not pathlib.Path(path).is_dir()]
+    paths = wanted(config)[0].values()
+    missing = [path for path in paths if path not in BUNDLED and not pathlib.Path(path).is_dir()]
     if missing:
         raise FileNotFoundError(f"no model directory at {missing}: train it first, or name another")
 
@@ -173,5 +175,7 @@ def model_predictor(pipeline: DepthPipeline, protocol: Protocol, batch_size: int
         ).prediction
 
     size = f"longest side {resolution} px" if resolution else "the picture's own size"
+    if resolution and pipeline.model.processing_aspect:
+        size += f", stretched to {pipeline.model.processing_aspect:.3g} times as wide as high"
     note = f"processed at {size}{' (its default)' * by_default}, predictions resized bilinearly"
     return Predictor(predict, pipeline.model.prediction_type, note)

@@ -43,9 +43,8 @@ def check(config) -> None:
     ask(training_data.check, config)
     ask(make_schedule, config)
     ask(make_weighting, config, 2)
-    for first in (config.teacher.get("config"), config.get("init_config")):
-        if first is not None:
-            ask(check, first)
+    if config.get("init_config") is not None:
+        ask(check, config.init_config)
     if problems:
         raise ValueError("\n".join(problems))
 
@@ -186,6 +185,7 @@ def _read_student(config) -> Start:
             model,
             prediction_type=config.model.prediction_type,
             processing_resolution=config.model.processing_resolution,
+            processing_aspect=config.model.processing_aspect,
         )
     return Start(model, params, text)
 
@@ -206,6 +206,7 @@ def _student_of_preset(config, teacher: Start) -> Start:
         presets.SINGLE_STEP,
         prediction_type=config.model.prediction_type,
         processing_resolution=config.model.processing_resolution,
+        processing_aspect=config.model.processing_aspect,
         dtype=config.model.dtype,
         remat=config.model.remat,
     )

@@ -95,10 +95,13 @@ def to_float(image: np.ndarray) -> np.ndarray:
     return image.astype(np.float32) / np.float32(127.5) - np.float32(1)
 
 
-def processing_size(height: int, width: int, resolution: int) -> tuple[int, int]:
+def processing_size(
+    height: int, width: int, resolution: int, aspect: float | None = None
+) -> tuple[int, int]:
     """Size with the longest side at `resolution` (METHOD 1); 0 keeps the native size.
 
-    The other side is floor(side * resolution / longest); ValueError if that is 0.
+    The other side is floor(side * resolution / longest); ValueError if that is 0. `aspect`: of all
+    pictures width over height, whatever theirs.
     """
     if resolution < 0:
         raise ValueError(f"processing resolution must not be negative, got {resolution}")
@@ -106,6 +109,8 @@ def processing_size(height: int, width: int, resolution: int) -> tuple[int, int]
         raise ValueError(f"picture of {height}x{width} pixels has no content")
     if resolution == 0:
         return height, width
+    if aspect is not None:
+        return round(resolution * min(1, 1 / aspect)), round(resolution * min(1, aspect))
     longest = max(height, width)
     size = height * resolution // longest, width * resolution // longest
     if 0 in size:

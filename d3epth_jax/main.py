@@ -42,9 +42,14 @@ def main(argv: list[str]) -> None:
 
 def run_job(config: ConfigDict, workdir: pathlib.Path) -> None:
     # Imported here: `--help` and a typo in a config need no JAX.
-    from d3epth_jax import cache, evaluate, train
+    from d3epth_jax import ablation, cache, evaluate, train
 
-    jobs = {"train": train.run, "eval": evaluate.run, "cache": cache.run}
+    jobs = {
+        "train": train.run,
+        "eval": evaluate.run,
+        "cache": cache.run,
+        "ablation": ablation.run,
+    }
     if config.job not in jobs:
         raise ValueError(f"unknown job {config.job!r}: choose one of {sorted(jobs)}")
     log.info("%s: %s", config.job, workdir)
@@ -53,9 +58,14 @@ def run_job(config: ConfigDict, workdir: pathlib.Path) -> None:
 
 def check_jobs(jobs: dict[str, ConfigDict]) -> None:
     """Raises ValueError with what is wrong with the settings of any job, before the first runs."""
-    from d3epth_jax import cache, evaluate, from_config
+    from d3epth_jax import ablation, cache, evaluate, from_config
 
-    checks = {"train": from_config.check, "eval": evaluate.check, "cache": cache.check}
+    checks = {
+        "train": from_config.check,
+        "eval": evaluate.check,
+        "cache": cache.check,
+        "ablation": ablation.check,
+    }
     problems = []
     for name, config in jobs.items():
         try:

@@ -167,7 +167,7 @@ class DepthPipeline:
         resolution = _given(processing_resolution, self.model.processing_resolution)
         pictures = _as_list(images)
         size = pictures[0].shape[:2]
-        inner = image_lib.processing_size(*size, resolution)
+        inner = image_lib.processing_size(*size, resolution, self.model.processing_aspect)
         cells = tuple(-(-side // self.model.downsample) for side in inner)
         shape = len(pictures), ensemble_size, *cells, self.model.autoencoder.latent_channels
         initial = self._initial_latents(shape, latents, key)

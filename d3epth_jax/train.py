@@ -158,25 +158,20 @@ def jit_step(config, loss_fn, tx, task_weights, beta, tasks, placement, mesh):
 
 
 def train_what_is_absent(config) -> None:
-    """Trains the model to start from, where the config can make it."""
-    first = config.get("init_config")
-    if config.init and first is not None:
-        # On the same pairs and with the same teacher as this run.
-        same = config.copy_and_resolve_references()
-        first.update(data=same.data, eval=same.eval, teacher=same.teacher)
-    if config.init:
-        train_if_absent(config.init, first)
-
-
-def train_if_absent(path: str, config) -> None:
-    """Trains the model that is to be at `path`, where it is not there and `config` makes it.
+    """Trains the model to start from, where it is not there and the config makes it.
 
     Any other absent path is left to fail by name: a typo must not start a training.
     """
-    wanted = pathlib.Path(path)
-    if config is not None and not wanted.is_dir() and wanted.parent == pathlib.Path(config.workdir):
-        log.info("no model at %s: training it first", path)
-        run(config, wanted.parent)
+    first = config.get("init_config")
+    if not config.init or first is None:
+        return
+    # On the same pairs and with the same teacher as this run.
+    same = config.copy_and_resolve_references()
+    first.update(data=same.data, eval=same.eval, teacher=same.teacher)
+    wanted = pathlib.Path(config.init)
+    if not wanted.is_dir() and wanted.parent == pathlib.Path(first.workdir):
+        log.info("no model at %s: training it first", wanted)
+        run(first, wanted.parent)
 
 
 def score(config, model, params, source, mesh, writer: MetricWriter, step: int) -> float:

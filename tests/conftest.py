@@ -47,6 +47,14 @@ def saved(tmp_path_factory):
     return directory, pipeline_oracle.marigold(directory, rescale_betas_zero_snr=True)
 
 
+def with_teachers_autoencoder(config, teacher):
+    """The latent stage's config, its student between the teacher's frozen encoder and decoder."""
+    config.teacher.path, config.autoencoder.path = str(teacher), ""
+    config.model.encoder = config.model.decoder = "teacher"
+    config.trainable = ("unet/",)
+    return config
+
+
 def small_unet(widths=(8, 16), layers=1, mid="UNetMidBlock2DCrossAttn", channels=4) -> UNetConfig:
     levels = len(widths)
     return UNetConfig(

@@ -23,7 +23,7 @@ from d3epth_jax.models.depth_model import init_params
 from d3epth_jax.stages import latent
 from d3epth_jax.weights import files, hub
 from tests import cache_speed
-from tests.conftest import small_model, small_unet, write_pairs
+from tests.conftest import small_model, small_unet, with_teachers_autoencoder, write_pairs
 
 TEACHER = small_model(small_unet((8,), channels=8))
 KEYS = latent.LESSON + latent.TARGET
@@ -62,8 +62,8 @@ def caching(pairs, teacher, **data):
 
 
 def training(pairs, teacher, folder="", **data):
-    config = quickstart.stage1(tiny=True)
-    config.teacher.path, config.teacher.cache = str(teacher), str(folder)
+    config = with_teachers_autoencoder(quickstart.stage1(tiny=True), teacher)
+    config.teacher.cache = str(folder)
     config.data.source = common.folder(str(pairs), split="train")
     config.data.update(height=32, width=48, batch_size=4, crop="center", **data)
     config.eval.source = common.folder(str(pairs), split="validation")

@@ -184,7 +184,9 @@ def test_a_models_processing_resolution_is_told_and_used(pairs, resolution, told
         return SimpleNamespace(prediction=baselines.ramp(images))
 
     class Pipeline:
-        model = SimpleNamespace(processing_resolution=768, prediction_type="disparity")
+        model = SimpleNamespace(
+            processing_resolution=768, processing_aspect=None, prediction_type="disparity"
+        )
         __call__ = staticmethod(pipeline)
 
     protocol = make_protocol("default", processing_resolution=resolution)

@@ -105,7 +105,7 @@ def test_convert_writes_the_number_type_that_is_asked_for(dtype, saved, tmp_path
 
 def test_convert_refuses_without_a_trace(saved, tmp_path, capsys):
     assert cli.main(["convert", str(tmp_path / "none"), str(tmp_path / "out")]) == 2
-    assert "no directory, and no hub id" in capsys.readouterr().err
+    assert "no directory, no hub id" in capsys.readouterr().err
     shutil.copytree(saved[0], tmp_path / "bad")
     (tmp_path / "bad/vae" / f"{hub.STEM}.safetensors").write_bytes(b"torn")
     assert cli.main(["convert", str(tmp_path / "bad"), str(tmp_path / "out")]) == 2
@@ -173,6 +173,7 @@ def test_every_wrong_setting_of_every_file_is_told_at_once(saved, tmp_path):
         ("vae/config.json", {"scaling_factor": None}),
         ("scheduler/scheduler_config.json", {"beta_start": None}),
         ("model_index.json", {"default_denoising_steps": "4", "prediction_type": "normals"}),
+        ("model_index.json", {"processing_aspect": 0}),
     ):
         path = tmp_path / "m" / name
         path.write_text(json.dumps(json.loads(path.read_text()) | wrong))
@@ -185,6 +186,7 @@ def test_every_wrong_setting_of_every_file_is_told_at_once(saved, tmp_path):
         ("scheduler_config.json", "NoneType"),
         ("model_index.json", "default_denoising_steps '4'"),
         ("model_index.json", "prediction_type 'normals'"),
+        ("model_index.json", "processing_aspect 0"),
     ):
         assert any(name in line for line in lines) and word in str(error.value), name
 
@@ -297,7 +299,7 @@ def test_a_hub_id_that_cannot_be_had_is_one_clear_error(tmp_path):
         FileNotFoundError, match=r"no directory owner/model, .* not in .* and cannot be fetched"
     ):
         hub.load_model("owner/model", cache_dir=tmp_path, local_files_only=True)
-    with pytest.raises(FileNotFoundError, match="no directory, and no hub id"):
+    with pytest.raises(FileNotFoundError, match="no directory, no hub id"):
         hub.load_model("no/such/directory")
     with pytest.raises(ValueError, match="must stay inside"):
         hub.load_model("owner/model", subfolder="../x")

@@ -60,6 +60,10 @@ def test_processing_size():
     assert image.processing_size(370, 1224, 768) == (232, 768)  # 232.16: floor
     assert image.processing_size(1000, 999, 768) == (768, 767)
     assert image.processing_size(33, 45, 0) == (33, 45)
+    for size in ((480, 640), (370, 1224), (1003, 7), (96, 128)):
+        assert image.processing_size(*size, 128, 4 / 3) == (96, 128)
+        assert image.processing_size(*size, 128, 0.5) == (128, 64)
+        assert image.processing_size(*size, 0, 4 / 3) == size
     with pytest.raises(ValueError, match="4x2000 pixels shrinks to 0x100"):
         image.processing_size(4, 2000, 100)
     with pytest.raises(ValueError, match="negative"):

@@ -9,9 +9,9 @@ import pytest
 
 from configs import common, quickstart
 from configs import eval as eval_config
+from configs.nano import train as nano
 from d3epth_jax import data, evaluate, main
-from d3epth_jax.models import presets
-from tests.conftest import small_model, small_unet, write_pairs
+from tests.conftest import write_pairs
 
 ROOT = main.pathlib.Path(__file__).parents[1]
 
@@ -21,7 +21,7 @@ def run(*arguments: str, timeout: int = 120) -> subprocess.CompletedProcess:
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=timeout)
 
 
-@pytest.mark.parametrize("name", ["quickstart", "d2", "stage1", "stage2", "eval"])
+@pytest.mark.parametrize("name", ["quickstart", "nano.train", "d2", "stage1", "stage2", "eval"])
 def test_every_config_has_a_default_and_a_tiny_form(name):
     module = __import__(f"configs.{name}", fromlist=["get_config"])
     for word in (None, "tiny"):
@@ -63,18 +63,15 @@ def test_missing_data_folder_is_named(tmp_path):
 
 def test_workdir_is_filled_in_everywhere(tmp_path):
     config = main.fill_in(quickstart.get_config("tiny"), tmp_path)
-    assert config.stage1.teacher.path == f"{tmp_path}/teacher/model"
+    assert config.stage2.init == f"{tmp_path}/stage1/model"
     assert config.evaluation.models["student at start"] == f"{tmp_path}/stage1/model_start"
-    assert "{workdir}" in quickstart.get_config("tiny").stage1.teacher.path  # a copy
+    assert "{workdir}" in quickstart.get_config("tiny").stage2.init  # a copy
 
 
 def test_quickstart_runs_from_nothing_to_the_table(tmp_path, monkeypatch, capsys):
-    """The README's first command with fewer steps and smaller models."""
-    for name, widths in (("d2_nano", (8, 16)), ("d3_nano", (4, 8))):
-        model = small_model(small_unet(widths))
-        monkeypatch.setitem(presets.PRESETS, name, (model.unet, model.autoencoder))
-    monkeypatch.setattr(quickstart, "HEIGHT", 24)
-    monkeypatch.setattr(quickstart, "WIDTH", 32)
+    """The README's first command with fewer steps and smaller pictures."""
+    monkeypatch.setattr(nano, "HEIGHT", 24)
+    monkeypatch.setattr(nano, "WIDTH", 32)
     config = quickstart.get_config("tiny")
     for job in config.jobs:
         main.run_job(main.fill_in(config[job], tmp_path), tmp_path / job)

@@ -77,6 +77,20 @@ def test_prediction_has_the_pictures_size_and_ignores_batching(saved):
     assert inner.shape == (1, 33, 48, 1)
 
 
+def test_model_of_one_aspect_sees_stretched_pictures(tmp_path):
+    model = small_model(processing_resolution=48, processing_aspect=1.5)
+    hub.save_model(tmp_path, model, init_params(model, 0))
+    pipe = d3epth_jax.DepthPipeline.from_pretrained(tmp_path)
+    assert pipe.model.processing_aspect == 1.5
+    (picture,) = scenes(1, height=24, width=80)["image"]
+    got = pipe(picture).prediction
+    stretched = image_lib.resize(picture / np.float32(255), (32, 48), antialias=True)
+    expected = pipe(stretched, processing_resolution=0).prediction[0]
+    expected = image_lib.resize(expected, (24, 80), antialias=False)
+    np.testing.assert_allclose(got[0], expected, atol=1e-5)
+    assert pipe(picture, match_input_resolution=False).prediction.shape == (1, 32, 48, 1)
+
+
 def test_pictures_of_several_number_types_in_one_batch(saved):
     pipe = d3epth_jax.DepthPipeline.from_pretrained(saved)
     a, b, c = scenes(3)["image"]

@@ -18,7 +18,7 @@ from d3epth_jax.models import presets
 from d3epth_jax.models.depth_model import init_params
 from d3epth_jax.train_state import HostAverage
 from d3epth_jax.weights import hub
-from tests.conftest import small_model, small_unet, write_pairs
+from tests.conftest import small_model, small_unet, with_teachers_autoencoder, write_pairs
 
 
 @pytest.fixture(autouse=True)
@@ -245,7 +245,7 @@ def test_frozen_parts_and_teacher_are_bit_identical_after_training(pairs, tmp_pa
     teacher = train.run(teacher_config(pairs, steps=2), tmp_path / "teacher")
     before = weights(teacher)
     config = on_pairs(quickstart.stage1(tiny=True), pairs, steps=3)
-    config.teacher.path = str(teacher)
+    with_teachers_autoencoder(config, teacher)
     student = train.run(config, tmp_path / "student")
     assert weights(teacher) == before
     assert (
@@ -330,7 +330,7 @@ def test_what_cannot_be_learnt_in_the_latent_stage_is_refused(pairs, tmp_path):
     model = small_model(small_unet((8, 16)), prediction_type="disparity")
     hub.save_model(tmp_path / "teacher", model, init_params(model, 0))
     config = on_pairs(quickstart.stage1(tiny=True), pairs)
-    config.teacher.path = str(tmp_path / "teacher")
+    with_teachers_autoencoder(config, tmp_path / "teacher")
     with pytest.raises(ValueError, match="student predicts depth, its teacher disparity"):
         train.run(config, tmp_path / "run")
     config.model.prediction_type = "disparity"

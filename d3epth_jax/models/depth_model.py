@@ -29,6 +29,8 @@ class DepthModel:
       prediction_type: what grows in the output: depth | disparity | sqrt_disparity (METHOD 2).
       processing_resolution: the longest side pictures are resized to by default; 0 keeps theirs,
         None: the user must say.
+      processing_aspect: width over height that pictures are stretched to, unless they keep their
+        size: a network of few pixels knows one shape best. None: they keep theirs.
       timestep: where a single step starts (E2E-FT: the last).
       denoising_steps: of inference by default; None: the user must say.
       starts_at_zero: inference starts from zero latents whatever the number of steps.
@@ -44,6 +46,7 @@ class DepthModel:
     schedule: NoiseSchedule
     prediction_type: str = "depth"
     processing_resolution: int | None = 0
+    processing_aspect: float | None = None
     timestep: int = 999
     denoising_steps: int | None = 1
     starts_at_zero: bool = False

@@ -98,13 +98,16 @@ def _nano_unet(widths: tuple[int, ...], mid: bool) -> UNetConfig:
     )
 
 
-def _light_autoencoder(encoder_width: int, decoder_width: int) -> TinyAutoencoderConfig:
+def _nano_autoencoder(
+    encoder_blocks: tuple[int, ...], decoder_blocks: tuple[int, ...]
+) -> TinyAutoencoderConfig:
+    """Of one width, so that a student's is a teacher's with fewer blocks."""
     return TinyAutoencoderConfig(
         latent_channels=NANO_LATENT,
-        encoder_block_out_channels=(encoder_width,) * 4,
-        decoder_block_out_channels=(decoder_width,) * 4,
-        num_encoder_blocks=(0, 1, 1, 1),
-        num_decoder_blocks=(1, 1, 1, 0),
+        encoder_block_out_channels=(24,) * len(encoder_blocks),
+        decoder_block_out_channels=(16,) * len(decoder_blocks),
+        num_encoder_blocks=encoder_blocks,
+        num_decoder_blocks=decoder_blocks,
     )
 
 
@@ -134,8 +137,14 @@ PRESETS = {
     "d3_light_small": (_sd2(bk_sdm(SD2_UNET, "small")), TAESD),
     "d3_fast": (_sd2(bk_sdm(SD2_UNET, "tiny")), TAESD),
     "d3_turbo": (_sd2(turbo(SD2_UNET)), TAESD_TURBO),
-    "d2_nano": (_nano_unet((32, 64, 96), mid=True), _light_autoencoder(24, 16)),
-    "d3_nano": (_nano_unet((24, 48, 64), mid=False), _light_autoencoder(24, 16)),
+    "d2_nano": (
+        _nano_unet((48, 96, 160), mid=True),
+        _nano_autoencoder((0, 2, 2, 2), (1, 1, 1, 0)),
+    ),
+    "d3_nano": (
+        _nano_unet((24, 48, 64), mid=False),
+        _nano_autoencoder((0, 0, 1, 1), (1, 1, 0, 0)),
+    ),
 }
 
 

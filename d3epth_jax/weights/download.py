@@ -15,6 +15,9 @@ COMPONENTS = {"unet": STEM, "vae": STEM, "text_encoder": prompt.STEM, "": STEM}
 _TEXTS = ("model_index.json", "config.json", "*/*.json", "tokenizer/merges.txt")
 _OURS = ("empty_prompt.safetensors", "taesd_*.safetensors", f"{STEM}.safetensors.index*.json")
 _ENDS = (".safetensors", "-?????-of-?????.safetensors")
+# Models that come with the package (configs/nano/train.py): name -> folder.
+_PACKAGE = pathlib.Path(__file__).parents[1]
+BUNDLED = {"nano": _PACKAGE / "nano/student", "nano-teacher": _PACKAGE / "nano/teacher"}
 
 
 def locate(
@@ -27,7 +30,7 @@ def locate(
     token: str | None = None,
     local_files_only: bool = False,
 ) -> pathlib.Path:
-    """The directory of a model: a local one, or a download of the hub's, from its cache if there.
+    """The directory of a model: a local one, a bundled one, or one of the hub in its cache.
 
     Only JSON, tokenizer files and the safetensors that will be read are downloaded. Raises
     FileNotFoundError that says what was looked for, OSError if a download fails, and ValueError for
@@ -38,8 +41,13 @@ def locate(
     directory = pathlib.Path(path_or_hub_id)
     if not directory.is_dir():
         name = str(path_or_hub_id)
+        if name in BUNDLED:
+            return BUNDLED[name] / (subfolder or "")
         if not is_hub_id(name):
-            raise FileNotFoundError(f"{name} is no directory, and no hub id OWNER/NAME either")
+            raise FileNotFoundError(
+                f"{name} is no directory, no hub id OWNER/NAME, and none of {sorted(BUNDLED)},"
+                " which come with the package"
+            )
         options = {"cache_dir": cache_dir, "token": token, "local_files_only": local_files_only}
         directory = _download(name, revision, subfolder or "", variant, options)
     return directory / (subfolder or "")

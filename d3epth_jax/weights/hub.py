@@ -11,6 +11,7 @@ model_index.json                                           what the output means
 import dataclasses
 import hashlib
 import logging
+import math
 import os
 import pathlib
 import tempfile
@@ -269,6 +270,7 @@ def _meaning(index: Mapping) -> tuple[str, dict]:
     meaning = {
         "prediction_type": index.get("prediction_type") or "depth",
         "processing_resolution": index.get("default_processing_resolution"),
+        "processing_aspect": index.get("processing_aspect"),
         "denoising_steps": index.get("default_denoising_steps"),
         "starts_at_zero": index.get("initial_latent") == "zeros",
         "prompt_padding": index.get("prompt_padding") or "do_not_pad",
@@ -279,6 +281,9 @@ def _meaning(index: Mapping) -> tuple[str, dict]:
         value = meaning[name]
         if value is not None and (type(value) is not int or value < least):
             problems.append(f"default_{name} {value!r} is no integer of at least {least}")
+    aspect = meaning["processing_aspect"]
+    if aspect is not None and (type(aspect) not in (int, float) or not 0 < aspect < math.inf):
+        problems.append(f"processing_aspect {aspect!r} is no width over height")
     if kind in DEPTH_PIPELINES and meaning["prediction_type"] not in SPACES:
         space = meaning["prediction_type"]
         problems.append(f"prediction_type {space!r} is not one of {', '.join(SPACES)}")
@@ -383,6 +388,7 @@ def _index(model: DepthModel, text: PromptEncoder | None) -> dict:
         "default_denoising_steps": model.denoising_steps,
         "default_processing_resolution": model.processing_resolution,
         "prompt_padding": model.prompt_padding,
+        **({"processing_aspect": model.processing_aspect} if model.processing_aspect else {}),
         **({"initial_latent": "zeros"} if model.starts_at_zero else {}),
         "base_model": model.base,
     }

@@ -1,0 +1,200 @@
+"""The ablation: what the pixel losses, the two stages and single choices do (METHOD 5, 7, 8).
+
+    python -m d3epth_jax.main --config=configs/nano/ablation.py       # two hours on 2 CPU cores
+    python -m d3epth_jax.main --config=configs/nano/ablation.py:tiny  # does it run at all?
+
+Every arm is a training with a seed, evaluated on held-out scenes and, with --config.real=DIR, on
+real pictures; `comparisons` says which are compared, paired by seed. Writes ablation.{md,json,png}
+anew after every arm; interrupted, it goes on where it was.
+
+1. The full model (D^2). All arms start from one base of their seed, from scratch with the SSI loss
+   alone: what pretrained weights are elsewhere. They go on with the loss that the arm names and no
+   other, as configs/d2.py: what scratch needs beside it, a range and a sign, is there by then.
+2. The student (D^3), of the teacher that comes with the package: either stage alone against both,
+   with as many steps, and with as many MACs. Stage 2 alone starts as stage 1 does, a random UNet
+   with blocks of the teacher's encoder and decoder. Stage 1 never trains the decoder, and the
+   student's lacks blocks: it is also read by the teacher's whole one.
+3. Single choices, of the first seed alone: nothing is claimed of them.
+
+--config.teacher=DIR distils another teacher; --config.seeds, --config.batch_size,
+--config.steps.base and so on set the size, --config.order="('full_base','full_ssi')" the arms.
+"""
+
+from ml_collections import ConfigDict
+
+from configs import cache, common
+from configs.nano import train as nano
+
+FILES = common.PROCEDURAL_TEST + 2  # seed of the rendered scenes that are written to files
+AFTER = 500  # added to the scenes' seed of what goes on from another arm: it sees new ones
+
+COMPARISONS = (  # (arm, the one that it is held against)
+    ("full_ssi", "full_base"),
+    ("full_static", "full_ssi"),
+    ("full_dwa", "full_ssi"),
+    ("full_dwa", "full_static"),
+    ("both", "stage1"),
+    ("both", "stage1_decoder"),
+    ("both", "stage2"),
+    ("both", "stage1_macs"),
+    ("both", "stage2_macs"),
+    ("scratch", "stage2"),
+    ("scratch", "both"),
+    ("cached", "online"),
+    ("sqrt_disparity", "full_base"),
+    ("frozen_decoder", "both"),
+)
+
+
+def get_config(argument: str | None = None) -> ConfigDict:
+    tiny = common.word(argument, "tiny") == "tiny"
+    config = ConfigDict()
+    config.job = "ablation"
+    config.workdir = "runs/ablation_tiny" if tiny else "runs/ablation"
+    config.cpu_devices = 2
+    config.seeds = (0, 1) if tiny else (0, 1, 2)
+    config.batch_size = 8
+    steps = {"base": 1200, "full": 600, "student": 1200}
+    config.steps = ConfigDict(dict.fromkeys(steps, 4) if tiny else steps)
+    config.teacher = "nano-teacher"
+    config.real = ""  # a folder of RGB-D pairs with an index
+    config.evaluations = ConfigDict(
+        {
+            "scenes": evaluation(nano.scenes(common.PROCEDURAL_TEST, 16 if tiny else 256)),
+            "real": evaluation(common.folder("DIR")),
+        }
+    )
+    config.evaluations.real.eval.source.path = config.get_ref("real")
+    # Read by the arms `online` and `cached`; a cache needs pictures that come again.
+    config.files = nano.scenes(FILES, 32 if tiny else 4096)
+    arms = full_arms(config, tiny) | student_arms(config, tiny) | single_arms(config, tiny)
+    config.cache = cache.get_config()
+    config.cache.teacher = arms["cached"].train.teacher.copy_and_resolve_references()
+    config.cache.teacher.update(path=config.get_ref("teacher"), cache="")
+    config.cache.data = arms["cached"].train.data
+    config.cache.cache.target = False  # as the loss of nano.stage1
+    config.arms = ConfigDict(arms)
+    config.order = tuple(arms)  # of running, and of the table's rows; what is left out is not run
+    config.comparisons = COMPARISONS
+    return config
+
+
+def arm(
+    title: str, train: ConfigDict, *, after: str = "", macs_of: str = "", seeds: int = 0
+) -> ConfigDict:
+    """A training and its place among the others.
+
+    after: the arm whose model it starts from; macs_of: train for as many steps as cost what that
+    arm does, with all before it; seeds: only so many of the seeds, 0 all.
+    """
+    return ConfigDict(
+        {"title": title, "train": train, "after": after, "macs_of": macs_of, "seeds": seeds}
+    )
+
+
+def train(config: ConfigDict, job: ConfigDict, steps: str, half: bool = False) -> ConfigDict:
+    """A training of as many steps as `config.steps` says by then, evaluated at its end."""
+    count = config.steps.get_ref(steps)
+    job.train.steps = count // 2 if half else count
+    job.data.batch_size = config.get_ref("batch_size")
+    job.eval.every = count
+    for part in (job.teacher, job.autoencoder):
+        if part.path:
+            part.path = config.get_ref("teacher")
+    return job
+
+
+def evaluation(source: ConfigDict) -> ConfigDict:
+    """An evaluation of one model, which the job fills in, as configs/eval.py."""
+    config = ConfigDict({"job": "eval", "eval": common.evaluation(source)})
+    config.models = ConfigDict({"model": ""})
+    config.baselines = config.order = config.pictured = ()
+    config.shuffled = ""
+    return config
+
+
+def full_arms(config: ConfigDict, tiny: bool) -> dict[str, ConfigDict]:
+    def base() -> ConfigDict:
+        job = train(config, nano.teacher(tiny), "base")
+        job.loss.beta.edge = 0.0
+        job.weighting.name = "static"
+        return job
+
+    def further(edge: float, weighting: str) -> ConfigDict:
+        job = train(config, nano.teacher(tiny), "full")
+        job.data.source.seed += AFTER
+        job.loss.beta.update(edge=edge, range=0.0)
+        job.loss.options.upright = False
+        job.weighting.name = weighting
+        job.schedule.learning_rate = nano.stage2().schedule.learning_rate
+        return job
+
+    edge = nano.teacher().loss.beta.edge
+    return {
+        "full_base": arm("D^2, base", base()),
+        "full_ssi": arm("D^2, SSI", further(0.0, "static"), after="full_base"),
+        "full_static": arm("D^2, SSI + edge", further(edge, "static"), after="full_base"),
+        "full_dwa": arm("D^2, SSI + edge, DWA", further(edge, "dwa"), after="full_base"),
+    }
+
+
+def stage2_alone(config: ConfigDict, tiny: bool, *, scratch: bool = False) -> ConfigDict:
+    """Stage 2 of what stage 1 starts from; from scratch the autoencoder is random too."""
+    job, first = nano.stage2(tiny), nano.stage1(tiny)
+    job.init, job.model = "", first.model
+    if not scratch:
+        job.autoencoder = first.autoencoder
+    job.schedule.learning_rate = nano.teacher().schedule.learning_rate
+    job.loss.options.upright = True  # the sign is open
+    return train(config, job, "student")
+
+
+def student_arms(config: ConfigDict, tiny: bool) -> dict[str, ConfigDict]:
+    def stage1(half: bool = False) -> ConfigDict:
+        return train(config, nano.stage1(tiny), "student", half)
+
+    whole_decoder = stage1()
+    whole_decoder.model.decoder = "teacher"
+    return {
+        "stage1_half": arm("D^3, stage 1, half of the steps", stage1(half=True)),
+        "both": arm("D^3, both stages", refinement(config, tiny), after="stage1_half"),
+        "stage1": arm("D^3, stage 1 only", stage1()),
+        "stage1_decoder": arm("D^3, stage 1 only, teacher's whole decoder", whole_decoder),
+        "stage2": arm("D^3, stage 2 only", stage2_alone(config, tiny)),
+        "stage1_macs": arm("D^3, stage 1 only, equal MACs", stage1(), macs_of="both"),
+        "stage2_macs": arm(
+            "D^3, stage 2 only, equal MACs", stage2_alone(config, tiny), macs_of="both"
+        ),
+    }
+
+
+def refinement(config: ConfigDict, tiny: bool) -> ConfigDict:
+    """Stage 2 after stage 1, each with half of the steps."""
+    job = train(config, nano.stage2(tiny), "student", half=True)
+    job.data.source.seed += AFTER
+    return job
+
+
+def single_arms(config: ConfigDict, tiny: bool) -> dict[str, ConfigDict]:
+    def on_files(cached: str) -> ConfigDict:
+        job = train(config, nano.stage1(tiny), "student", half=True)
+        job.data.source = common.tfds("{workdir}/files", "train", "scenes")
+        job.data.crop = "center"
+        job.teacher.cache = cached
+        return job
+
+    sqrt_disparity = full_arms(config, tiny)["full_base"].train
+    sqrt_disparity.model.prediction_type = "sqrt_disparity"
+    frozen = refinement(config, tiny)
+    frozen.trainable = ("unet/", "encoder/")
+    return {
+        "scratch": arm(
+            "D^3, from scratch, pixel loss only", stage2_alone(config, tiny, scratch=True), seeds=1
+        ),
+        "online": arm("D^3, stage 1 on files, half of the steps", on_files(""), seeds=1),
+        "cached": arm("D^3, the same from the cache", on_files("{workdir}/cache"), seeds=1),
+        "sqrt_disparity": arm("D^2, base in sqrt_disparity", sqrt_disparity, seeds=1),
+        "frozen_decoder": arm(
+            "D^3, both stages, decoder frozen", frozen, after="stage1_half", seeds=1
+        ),
+    }

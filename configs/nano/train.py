@@ -1,0 +1,98 @@
+"""nano: the models that the package ships, trained from scratch on rendered scenes alone.
+
+    python -m d3epth_jax.main --config=configs/nano/train.py         # an hour on 2 CPU cores
+    python -m d3epth_jax.main --config=configs/nano/train.py:tiny    # seconds: does it run at all?
+
+1. teacher: D^2-nano, encoder, UNet and decoder trained together by the pixel loss (METHOD 7, "from
+   scratch": this defines the latent space).
+2. stage1: D^3-nano, a third of the teacher's MACs, learns its latents and features; its encoder and
+   decoder are the teacher's with fewer blocks.
+3. stage2: the student is refined in pixel space, decoder included.
+4. eval: held-out scenes. configs/eval.py evaluates on real pictures, which nothing here has seen.
+"""
+
+from ml_collections import ConfigDict
+
+from configs import common
+
+HEIGHT, WIDTH = 96, 128
+
+
+def teacher(tiny: bool = False) -> ConfigDict:
+    """Also of configs/d2.py:tiny."""
+    config = training("pixel", steps=4000, learning_rate=1e-3, tiny=tiny)
+    config.model.preset = "d2_nano"
+    config.trainable = ("unet/", "encoder/", "decoder/")
+    # No pretrained model says which sign and range depth has.
+    config.loss.beta.range = 0.5
+    config.loss.options.upright = True
+    return config
+
+
+def stage1(tiny: bool = False) -> ConfigDict:
+    config = training("latent", steps=2000, learning_rate=1e-3, tiny=tiny)
+    config.teacher.path = "{workdir}/teacher/model"
+    config.model.preset = "d3_nano"
+    config.autoencoder.path = config.teacher.path
+    config.trainable = ("unet/", "encoder/")
+    # A teacher from scratch never saw a depth map at its encoder's input: no `gt` term.
+    config.loss.beta.gt = 0.0
+    return config
+
+
+def stage2(tiny: bool = False) -> ConfigDict:
+    config = training("pixel", steps=1500, learning_rate=1e-3, tiny=tiny)
+    config.init = "{workdir}/stage1/model"
+    config.trainable = ("unet/", "encoder/", "decoder/")
+    config.loss.beta.range = 0.5
+    return config
+
+
+def evaluation(tiny: bool = False) -> ConfigDict:
+    config = ConfigDict()
+    config.job = "eval"
+    config.eval = common.evaluation(scenes(common.PROCEDURAL_TEST, 16 if tiny else 512))
+    config.baselines = ("constant", "ramp")
+    models = {
+        "D2-nano, the teacher": "{workdir}/teacher/model",
+        "D3-nano after stage 1": "{workdir}/stage1/model",
+        "D3-nano after stage 2": "{workdir}/stage2/model",
+    }
+    config.models = ConfigDict(models)
+    config.order = tuple(models)  # of the table's rows
+    config.shuffled = list(models)[-1]
+    config.pictured = ("ramp", *models)
+    return config
+
+
+def scenes(seed: int, length: int) -> ConfigDict:
+    return common.procedural(seed, length, height=HEIGHT, width=WIDTH)
+
+
+def training(stage: str, *, steps: int, learning_rate: float, tiny: bool) -> ConfigDict:
+    config = common.training(stage)
+    config.data.height, config.data.width = HEIGHT, WIDTH
+    config.data.batch_size = 16
+    config.model.processing_resolution = max(HEIGHT, WIDTH)
+    config.model.processing_aspect = WIDTH / HEIGHT  # the one shape that it was trained on
+    config.eval.source = scenes(common.PROCEDURAL_TEST + 1, 128)
+    config.eval.num_images = 16 if tiny else 128
+    config.train.steps = 4 if tiny else steps
+    config.eval.every = 4 if tiny else 500
+    config.train.checkpoint_every = 4 if tiny else 500
+    config.train.log_every = 2 if tiny else 50
+    config.train.max_ema_decay = 0.999
+    config.schedule.update(learning_rate=learning_rate, schedule="cosine", warmup_steps=100)
+    config.weighting.dwa.window = 200
+    return config
+
+
+def get_config(argument: str | None = None) -> ConfigDict:
+    tiny = common.word(argument, "tiny") == "tiny"
+    config = ConfigDict()
+    config.workdir = "runs/nano_tiny" if tiny else "runs/nano"
+    config.cpu_devices = 2
+    config.jobs = ("teacher", "stage1", "stage2", "evaluation")
+    for job in (teacher, stage1, stage2, evaluation):
+        config[job.__name__] = job(tiny)
+    return config

@@ -1,0 +1,230 @@
+"""The ablation job: many small trainings, each evaluated, and what they show (ablation_report.py).
+
+An arm is a training with its own settings and the arm that it goes on from, if any. Folders:
+seed0/ARM with the training's files and scenes/ and real/ (evaluations), teacher/ (its evaluations),
+files/, cache/.
+"""
+
+import json
+import logging
+import pathlib
+from collections.abc import Mapping
+
+import jax
+
+from d3epth_jax import (
+    ablation_report,
+    atomic,
+    cache,
+    data,
+    evaluate,
+    from_config,
+    macs,
+    runs,
+    sharding,
+    train,
+    training_data,
+)
+from d3epth_jax.train_state import merge
+from d3epth_jax.weights import fold
+
+log = logging.getLogger(__name__)
+
+COSTS = "macs.json"  # {arm: MACs of a training step}, kept: it decides numbers of steps
+SEEDS_APART = 1000  # of the scenes that a seed of the ablation is trained on
+
+
+def run(config, workdir: pathlib.Path) -> None:
+    """Runs every arm with every seed and writes ablation.{md,json,png} after each of them.
+
+    What is finished is not run again. Raises ValueError for settings that make no sense or are not
+    those that the workdir was made with.
+    """
+    check(config)
+    for job in evaluations(config).values():
+        data.make_source(**job.eval.source)  # what is wrong with it is told before hours of work
+    evaluate_once(config, config.teacher, workdir / "teacher", baselines=("constant", "ramp"))
+    chosen = [config.arms[name].train for name in config.order]
+    if any(job.data.source.name == "tfds" for job in chosen):
+        write_files(config.files, workdir / "files")
+    if any(job.teacher.cache for job in chosen):
+        cache.run(config.cache, workdir / "cache")
+    for seed in config.seeds:
+        for name in config.order:
+            if seed in seeds_of(config, name):
+                run_arm(config, workdir, name, seed)
+                ablation_report.write(workdir, begun(config, workdir), config.comparisons)
+    print(f"\n{(workdir / 'ablation.md').read_text()}", flush=True)
+
+
+def check(config) -> None:
+    """Raises ValueError with everything that is wrong with the settings of all arms."""
+    problems = []
+
+    def ask(where, function, *args):
+        try:
+            function(*args)
+        except ValueError as error:
+            problems.append(f"{where}: {error}")
+
+    if not config.seeds or len(set(config.seeds)) != len(config.seeds):
+        problems.append(f"seeds: at least one, each once, not {tuple(config.seeds)}")
+    if unknown := sorted({*config.order, *sum(config.comparisons, ())} - set(config.arms)):
+        problems.append(f"no arms are called {unknown}: there are {sorted(config.arms)}")
+    for number, name in enumerate(config.order):
+        if name not in config.arms:
+            continue
+        arm = config.arms[name]
+        for other in filter(None, (arm.after, arm.macs_of)):
+            if other not in config.order[:number]:
+                problems.append(f"arms.{name} needs {other!r} before it in `order`")
+        if arm.after and arm.macs_of:
+            problems.append(f"arms.{name}: `after` and `macs_of` exclude each other")
+        ask(f"arms.{name}", from_config.check, arm.train)
+    ask("cache", cache.check, config.cache)
+    for name, job in config.evaluations.items():
+        ask(f"evaluations.{name}", evaluate.check, job)
+    if problems:
+        raise ValueError("\n".join(problems))
+
+
+def evaluations(config) -> dict:
+    """The evaluations that every model gets, by name."""
+    return {name: job for name, job in config.evaluations.items() if name != "real" or config.real}
+
+
+def evaluate_once(config, model, folder: pathlib.Path, baselines: tuple[str, ...] = ()) -> None:
+    """Evaluates the model of a directory into `folder`/NAME, where that is not done yet."""
+    for name, settings in evaluations(config).items():
+        job, out = settings.copy_and_resolve_references(), folder / name
+        job.models.model, job.baselines = str(model), baselines
+        done = (out / "evaluation.json").is_file()
+        out.mkdir(parents=True, exist_ok=True)
+        runs.claim(out, job, in_use=done)
+        if not done:
+            evaluate.run(job, out)
+
+
+def seeds_of(config, name: str) -> tuple[int, ...]:
+    return tuple(config.seeds)[: config.arms[name].seeds or None]
+
+
+def run_arm(config, workdir: pathlib.Path, name: str, seed: int) -> None:
+    """Trains and evaluates an arm with a seed: its first weights, its scenes and their order."""
+    arm, folder = config.arms[name], workdir / f"seed{seed}"
+    log.info("arm %s, seed %d: %s", name, seed, arm.title)
+    job = arm.train.copy_and_resolve_references()
+    job.seed = seed
+    if "seed" in job.data.source:
+        job.data.source.seed += SEEDS_APART * seed
+    if arm.after:
+        job.init = str(folder / arm.after / "model")
+    costs = read_costs(workdir)
+    if name not in costs:
+        costs[name] = step_macs(job)
+        with atomic.replacing(workdir / COSTS) as partial:
+            partial.write_text(json.dumps(costs, indent=2) + "\n")
+    job.train.steps = steps_of(config.arms, costs, name)
+    model = train.run(job, folder / name)
+    evaluate_once(config, model, folder / name)
+
+
+def read_costs(workdir: pathlib.Path) -> dict[str, int]:
+    path = workdir / COSTS
+    return json.loads(path.read_text()) if path.is_file() else {}
+
+
+def chain(arms: Mapping, name: str) -> list[str]:
+    """An arm and all that it goes on from, first to last."""
+    before = arms[name].after
+    return [*(chain(arms, before) if before else ()), name]
+
+
+def steps_of(arms: Mapping, costs: Mapping[str, int], name: str) -> int:
+    """How many steps an arm trains, after those of the arm that it goes on from."""
+    if not arms[name].macs_of:
+        return arms[name].train.train.steps
+    return max(1, round(total_macs(arms, costs, arms[name].macs_of) / costs[name]))
+
+
+def total_macs(arms: Mapping, costs: Mapping[str, int], name: str) -> int:
+    """MACs of an arm's training, and of all that it goes on from."""
+    return sum(steps_of(arms, costs, each) * costs[each] for each in chain(arms, name))
+
+
+def begun(config, workdir: pathlib.Path) -> dict[str, ablation_report.Arm]:
+    """What the report has to know of every arm that has begun, in the table's order."""
+    costs = read_costs(workdir)
+    return {
+        name: ablation_report.Arm(
+            title=config.arms[name].title,
+            seeds=seeds_of(config, name),
+            steps=sum(steps_of(config.arms, costs, each) for each in chain(config.arms, name)),
+            step_macs=costs[name],
+            macs=total_macs(config.arms, costs, name),
+        )
+        for name in config.order
+        if name in costs
+    }
+
+
+def step_macs(config) -> int:
+    """MACs of a training step, its whole batch: of the gradient of the real loss, traced, not run.
+
+    Taps on the padding are not counted: in a gradient they are also what a stride left out.
+    """
+    config = config.copy_and_resolve_references()
+    config.model.update(dtype="float32", remat=False)  # as macs.countable
+    mesh = sharding.make_mesh(config.fsdp)
+    batches = training_data.make_batches(config, mesh, training_data.make_sources(config)[0])
+    batch = jax.eval_shape(lambda: next(batches))
+    # As train.py: what does not train is folded.
+    teacher, student, trainable, rest = from_config.make_models(config)
+    teacher = from_config.fold_teacher(config, teacher)
+    model, of_rest = fold.fold_frozen(student.model, trainable, rest)
+    loss_fn, _, beta = from_config.make_loss(config, model, student.params, trainable, teacher)
+    frozen = {"rest": of_rest, "teacher": from_config.frozen_teacher(config, teacher)}
+
+    def total(params, batch):
+        losses, _, _ = loss_fn(merge(params, of_rest), frozen, batch)
+        return sum(losses[name].sum() for name in beta)
+
+    with macs.plain_forms():
+        return macs.count(jax.grad(total), trainable, batch).valid
+
+
+def write_files(settings, folder: pathlib.Path) -> None:
+    """Writes rendered scenes as a data set of TFDS' layout, `scenes` in `folder`, once."""
+    # Imported here: tensorflow_datasets takes seconds.
+    from d3epth_jax.data import build
+
+    log.info("%d rendered scenes as files: %s", settings.length, folder)
+    scenes = NamedScenes(data.make_source(**settings))
+    build.build(scenes, folder, dataset="scenes", origin=dict(settings))
+
+
+class NamedScenes:
+    """A source that makes batches as one that is read in order and has names, for a build."""
+
+    BATCH = 16
+
+    def __init__(self, source):
+        self._source, self._number, self._samples = source, None, []
+
+    def __len__(self) -> int:
+        return len(self._source)
+
+    def __getitem__(self, index: int) -> dict:
+        number, place = divmod(index, self.BATCH)
+        if number != self._number:
+            first = number * self.BATCH
+            # The last batch is filled up by earlier scenes: one program renders all.
+            indices = [i % len(self) for i in range(first, first + self.BATCH)]
+            self._samples, self._number = data.read_samples(self._source, indices), number
+        return self._samples[place]
+
+    def name(self, index: int) -> str:
+        return f"{index:06d}"
+
+    def group(self, index: int) -> str:
+        return "all"

@@ -1,0 +1,270 @@
+"""The ablation: its arms, its arithmetic beside numbers by hand, and the whole of it in small."""
+
+import json
+import math
+
+import jax
+import numpy as np
+import pytest
+from jax.experimental.compilation_cache import compilation_cache
+from PIL import Image
+
+from configs import common
+from configs.nano import ablation as ablation_config
+from d3epth_jax import ablation, ablation_report, data, evaluate, macs, main, train
+from d3epth_jax.models import presets
+from d3epth_jax.models.depth_model import DepthModel, init_params
+from d3epth_jax.weights import hub
+from tests.conftest import small_model, small_unet, write_pairs
+
+nano = ablation_config.nano
+
+
+@pytest.fixture
+def small(monkeypatch):
+    """The config's presets stand for models of some thousand parameters, and pictures of 24x32.
+
+    Returns the teacher.
+    """
+    teacher, student = small_model(small_unet((8, 16))), small_model(small_unet((4, 8), mid=None))
+    for name, model in (("d2_nano", teacher), ("d3_nano", student)):
+        monkeypatch.setitem(presets.PRESETS, name, (model.unet, model.autoencoder))
+    monkeypatch.setattr(nano, "HEIGHT", 24)
+    monkeypatch.setattr(nano, "WIDTH", 32)
+    return teacher
+
+
+@pytest.fixture
+def compiled_once(tmp_path):
+    """What one arm compiles the next one finds, as on the command line."""
+    settings = {
+        "jax_compilation_cache_dir": str(tmp_path / "xla"),
+        "jax_persistent_cache_min_compile_time_secs": 0.0,
+        "jax_persistent_cache_min_entry_size_bytes": 0,
+    }
+    before = {name: getattr(jax.config, name) for name in settings}
+    for name, value in settings.items():
+        jax.config.update(name, value)
+    compilation_cache.reset_cache()
+    yield
+    for name, value in before.items():
+        jax.config.update(name, value)
+    compilation_cache.reset_cache()
+
+
+def test_mean_and_deviation_by_hand():
+    assert ablation_report.mean_and_deviation([1, 2, 6]) == (3, pytest.approx(math.sqrt(7)))
+    assert math.isnan(ablation_report.mean_and_deviation([5])[1])
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs", "sign", "difference", "error", "verdict"),
+    [
+        # Differences -1, -2, -3: deviation 1, standard error 1 / sqrt(3).
+        ((1, 2, 3), (2, 4, 6), -1, -2, 3**-0.5, "better"),
+        ((1, 2, 3), (2, 4, 6), 1, -2, 3**-0.5, "worse"),
+        # Far apart as arms, and each seed alike: what pairing is for.
+        ((10, 20, 30), (9, 19, 29), 1, 1, 0, "better"),
+        # Differences 0, 1, 2: mean 1, error 0.577: not beyond two.
+        ((0, 1, 2), (0, 0, 0), 1, 1, 3**-0.5, "no difference shown"),
+        ((1, 1, 1), (1, 1, 1), 1, 0, 0, "no difference shown"),
+        ((1,), (2, 4, 6), -1, -1, math.nan, "one seed"),
+    ],
+)
+def test_difference_is_claimed_beyond_two_standard_errors(
+    ours, theirs, sign, difference, error, verdict
+):
+    found = ablation_report.compare(dict(enumerate(ours)), dict(enumerate(theirs)), sign)
+    assert found.difference == pytest.approx(difference)
+    assert found.error == pytest.approx(error, nan_ok=True)
+    assert (found.n, found.verdict) == (len(ours), verdict)
+
+
+def test_only_common_seeds_are_compared():
+    found = ablation_report.compare({1: 5.0, 2: 7.0, 3: 1.0}, {2: 6.0, 3: 0.0, 4: 100.0}, 1)
+    assert (found.difference, found.error, found.n) == (1, 0, 2)
+    assert ablation_report.compare({1: 5.0}, {2: 6.0}, 1).verdict == "no common seed"
+
+
+def test_files_of_evaluations_become_pairs_and_tables(tmp_path):
+    """Two arms, two seeds: every number of the report from numbers that were written by hand."""
+    written = {"first": (0.5, 0.25), "second": (0.25, 0.125)}
+    for name, values in written.items():
+        for seed, value in enumerate(values):
+            for kind in ("scenes", "real"):
+                folder = tmp_path / f"seed{seed}" / name / kind
+                folder.mkdir(parents=True)
+                content = {
+                    "mean": {"model": {"abs_rel": value, "boundary_f1": None}},
+                    "abs_rel_by_group": {"model": {"desk": value, "hall": value / 2}},
+                }
+                (folder / "evaluation.json").write_text(json.dumps(content))
+    arms = {name: ablation_report.Arm(f"the {name}", (0, 1), 10, 2, 20) for name in written}
+    content = ablation_report.collect(tmp_path, arms, [("second", "first"), ("second", "third")])
+    found = {pair["measure"]: pair for pair in content["comparisons"]}
+    assert set(found) == {"abs_rel", "real"}  # F1 has no number
+    # -0.25 and -0.125: deviation 0.125 / sqrt(2), of which the error is the half times sqrt(2).
+    assert found["abs_rel"]["difference"] == pytest.approx(-0.1875)
+    assert found["abs_rel"]["error"] == pytest.approx(0.0625)
+    assert found["abs_rel"]["verdict"] == "better"
+    assert found["real"]["difference"] == pytest.approx(-0.1875 * 0.75)
+    table = ablation_report.markdown(content)
+    assert "| 0.3750 ± 0.1768 |" in table and "| 0.188 ± 0.088 |" in table  # AbsRel, of the hall
+
+
+def test_equal_macs_mean_as_many_steps_as_the_whole_chain_pays_for():
+    config = ablation_config.get_config()
+    config.steps.student = 100
+    costs = {"stage1_half": 2, "both": 6, "stage1_macs": 2, "stage2_macs": 6}
+    arms = config.copy_and_resolve_references().arms
+    assert ablation.chain(arms, "both") == ["stage1_half", "both"]
+    assert ablation.total_macs(arms, costs, "both") == 50 * 2 + 50 * 6
+    assert ablation.steps_of(arms, costs, "stage1_macs") == 200
+    assert ablation.steps_of(arms, costs, "stage2_macs") == 67
+
+
+@pytest.mark.parametrize("word", [None, "tiny"])
+def test_config_holds_together(word):
+    config = ablation_config.get_config(word)
+    ablation.check(config)
+    assert set(config.order) == set(config.arms)
+    seeds = {config.evaluations.scenes.eval.source.seed, config.arms.both.train.eval.source.seed}
+    trained = {
+        arm.train.data.source.seed + ablation.SEEDS_APART * seed
+        for arm in config.arms.values()
+        if arm.train.data.source.name == "procedural"
+        for seed in config.seeds
+    }
+    assert not seeds & {*trained, config.files.seed}, "trained and evaluated on the same scenes"
+    with pytest.raises(ValueError, match="unknown word 'tony'"):
+        ablation_config.get_config("tony")
+
+
+def test_flags_reach_every_arm():
+    config = ablation_config.get_config()
+    assert main.fill_in(config, "C").arms.stage2.train.autoencoder.path == "nano-teacher"
+    config.steps.update(base=8, student=6)
+    config.update(teacher="A", real="B")
+    config = main.fill_in(config, "C")
+    steps = {name: config.arms[name].train.train.steps for name in config.order}
+    assert [steps[name] for name in ("full_base", "stage1", "stage1_half", "both")] == [8, 6, 3, 3]
+    assert config.arms.stage1.train.teacher.path == config.cache.teacher.path == "A"
+    assert config.arms.stage2.train.autoencoder.path == "A"
+    assert config.evaluations.real.eval.source.path == "B"
+    assert config.arms.cached.train.teacher.cache == "C/cache"
+    assert config.arms.scratch.train.autoencoder.path == ""
+
+
+def test_settings_that_make_no_sense_are_told_at_once():
+    config = ablation_config.get_config("tiny")
+    config.order = ("both", "nobody", "stage2_macs")
+    config.seeds = (1, 1)
+    config.arms.both.train.schedule.schedule = "linear"
+    with pytest.raises(ValueError) as raised:
+        ablation.check(config)
+    for words in (
+        "seeds: ",
+        "['nobody']",
+        "'stage1_half' before it",
+        "arms.both: unknown schedule",
+    ):
+        assert words in str(raised.value)
+
+
+def test_arms_differ_in_what_they_are_about():
+    arms = ablation_config.get_config().arms
+    ssi, static, dwa = (arms[f"full_{name}"].train for name in ("ssi", "static", "dwa"))
+    assert (ssi.loss.beta.edge, static.loss.beta.edge, dwa.loss.beta.edge) == (0, 0.5, 0.5)
+    assert (static.weighting.name, dwa.weighting.name) == ("static", "dwa")
+    for job in (static, dwa):  # everything else is the same
+        job.loss.beta.edge, job.weighting.name = ssi.loss.beta.edge, ssi.weighting.name
+        assert job.to_json_best_effort() == ssi.to_json_best_effort()
+    # Stage 2 alone begins as stage 1 does.
+    for part in ("model", "autoencoder"):
+        assert arms.stage2.train[part] == arms.stage1.train[part]
+    online, cached = arms.online.train, arms.cached.train
+    cached.teacher.cache = ""
+    assert online.to_json_best_effort() == cached.to_json_best_effort()
+
+
+@pytest.mark.parametrize("trained", [("unet", "encoder", "decoder"), ("unet",)])
+def test_step_costs_what_its_parts_cost(trained):
+    job = ablation_config.get_config("tiny").arms.scratch.train.copy_and_resolve_references()
+    job.trainable = tuple(f"{part}/" for part in trained)
+    # In training too what can be folded is.
+    model, params = macs.folded(DepthModel(*presets.get("d3_nano"), presets.SINGLE_STEP))
+    size = (job.data.height, job.data.width)
+    forward = macs.of_model(model, params, size, job.data.batch_size)
+    forward = {part: found.valid for part, found in forward.items()}
+    formula = macs.of_training(forward, trained, ["decoder"])
+    assert ablation.step_macs(job) == pytest.approx(formula, rel=0.03)
+
+
+def test_scenes_are_written_once_and_as_rendered(tmp_path):
+    settings = common.procedural(3, 20, height=16, width=24)
+    for _ in range(2):
+        ablation.write_files(settings, tmp_path)
+    written = data.make_source("tfds", path=str(tmp_path), dataset="scenes", split="train")
+    rendered = data.read_samples(data.make_source(**settings), range(16))
+    assert len(written) == 20
+    for index, theirs in enumerate(rendered):
+        ours = written[index]
+        np.testing.assert_array_equal(ours["image"], theirs["image"])
+        np.testing.assert_array_equal(ours["depth"], np.where(theirs["mask"], theirs["depth"], 0))
+    assert (written[19]["image"] != rendered[3]["image"]).any()
+
+
+def test_ablation_runs_from_nothing_to_the_tables_and_goes_on(
+    small, compiled_once, tmp_path, monkeypatch, capsys
+):
+    config = ablation_config.get_config("tiny")
+    config.real = str(write_pairs(tmp_path / "pairs", 2))
+    config.teacher = str(tmp_path / "teacher")
+    hub.save_model(config.teacher, small, init_params(small, 0))
+    config.order = ("full_base", "stage1_half", "both", "stage1_macs", "cached")
+    for name in config.order[1:]:
+        config.arms[name].seeds = 1
+    workdir = tmp_path / "out"
+    run = main.fill_in(config, workdir)
+    main.check_jobs({"": run})
+
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ablation_report, "write", killed)  # after the first arm
+        with pytest.raises(KeyboardInterrupt):
+            main.run_job(run, workdir)
+    main.run_job(run, workdir)
+    told = capsys.readouterr().out
+    content = json.loads((workdir / "ablation.json").read_text())
+    assert list(content["reference"]) == ["constant", "ramp", "teacher"]
+    assert list(content["arms"]) == list(config.order)
+    arms = content["arms"]
+    assert [len(arm["scores"]["real"]) for arm in arms.values()] == [2, 1, 1, 1, 1]
+    written = json.loads((workdir / "seed1/full_base/scenes/evaluation.json").read_text())
+    score = written["mean"]["model"]["abs_rel"]
+    assert arms["full_base"]["scores"]["abs_rel"]["1"] == score
+    assert arms["both"]["steps"] == 4 and arms["stage1_half"]["steps"] == 2
+    assert arms["stage1_macs"]["macs"] == pytest.approx(arms["both"]["macs"], rel=0.2)
+    # What the cache spares: the teacher's encoder and the latent's share of its UNet.
+    assert arms["cached"]["step_macs"] < arms["stage1_half"]["step_macs"]
+    compared = {(pair["arm"], pair["against"]) for pair in content["comparisons"]}
+    assert compared == {("both", "stage1_macs")}  # of what was run
+    # Seeds are apart in weights and scenes; what goes on from an arm sees new scenes.
+    ran = [(0, "full_base"), (1, "full_base"), (0, "both")]
+    configs = [json.loads((workdir / f"seed{s}/{n}/config.json").read_text()) for s, n in ran]
+    assert [c["seed"] for c in configs] == [0, 1, 0]
+    assert [c["data"]["source"]["seed"] for c in configs] == [1, 1001, 501]
+    assert configs[2]["init"] == str(workdir / "seed0/stage1_half/model")
+    table = (workdir / "ablation.md").read_text()
+    assert "| D^3, both stages " in table and "AbsRel, real" in table and " one seed |" in table
+    assert table in told
+    assert Image.open(workdir / "ablation.png").width > 1000
+
+    monkeypatch.setattr(evaluate, "run", killed)
+    monkeypatch.setattr(train.Checkpoints, "save", killed)
+    main.run_job(run, workdir)  # all is there: nothing is made again
+    run.arms.full_base.train.schedule.learning_rate *= 2
+    with pytest.raises(ValueError, match=r"seed0/full_base holds a run with other settings"):
+        main.run_job(run, workdir)

@@ -1,0 +1,74 @@
+"""The models that come with the package: their size, their cost, and that they see depth."""
+
+import pathlib
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from configs import common
+from configs.nano import train as nano
+from d3epth_jax import baselines, cli, data, macs
+from d3epth_jax.evaluate import model_predictor
+from d3epth_jax.evaluation import Predictor, evaluate
+from d3epth_jax.pipeline import DepthPipeline
+from d3epth_jax.protocols import make_protocol
+from d3epth_jax.weights import hub
+from d3epth_jax.weights.download import BUNDLED, locate
+
+MEGABYTES = {"nano": 8, "nano-teacher": 16}
+REAL = pathlib.Path(__file__).parents[2] / "shared/rgbd"
+
+
+@pytest.mark.parametrize("name", sorted(BUNDLED))
+def test_bundled_models_are_small(name):
+    size = sum(path.stat().st_size for path in locate(name).rglob("*") if path.is_file())
+    assert 0 < size <= MEGABYTES[name] * 2**20
+
+
+def test_the_student_costs_a_third_of_its_teacher():
+    def cost(name):
+        model, params, *_ = hub.load_model(name)
+        parts = macs.of_model(model, params, (nano.HEIGHT, nano.WIDTH))
+        return sum(part.dense for part in parts.values())
+
+    assert 3 * cost("nano") <= cost("nano-teacher")
+
+
+def test_a_folder_of_that_name_comes_first(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert locate("nano") == BUNDLED["nano"]
+    assert locate("nano", subfolder="unet") == BUNDLED["nano"] / "unet"
+    pathlib.Path("nano").mkdir()
+    assert locate("nano") == pathlib.Path("nano")
+
+
+def test_predict_without_a_model_uses_the_bundled_one(tmp_path):
+    rng = np.random.default_rng(0)
+    Image.fromarray(rng.integers(0, 256, (48, 64, 3), np.uint8)).save(tmp_path / "photo.png")
+    assert cli.main(["predict", str(tmp_path / "photo.png"), "--out", str(tmp_path / "out")]) == 0
+    depth = np.load(tmp_path / "out/photo.npy")
+    assert depth.shape == (48, 64) and 0 <= depth.min() < depth.max() <= 1
+
+
+def scores(source, protocol, num_images):
+    """{name: (AbsRel, its mean over groups)} of the ramp and the bundled student."""
+    pipe = DepthPipeline.from_pretrained("nano")
+    predictors = {"ramp": Predictor(baselines.ramp), "nano": model_predictor(pipe, protocol, 8)}
+    results = evaluate(
+        predictors, source, protocol, title="", num_images=num_images, batch_size=8, num_pictures=0
+    )
+    return {name: (results.mean(name), results.mean_over_groups(name)) for name in predictors}
+
+
+def test_the_student_beats_the_ramp_on_held_out_scenes():
+    source = data.make_source(**nano.scenes(common.PROCEDURAL_TEST, 32))
+    of = scores(source, make_protocol("default"), num_images=32)
+    assert of["nano"][0] < 0.85 * of["ramp"][0], of
+
+
+@pytest.mark.skipif(not REAL.is_dir(), reason="needs the real pictures of ../shared/rgbd")
+def test_the_student_beats_the_ramp_on_real_pictures():
+    protocol = make_protocol("default", processing_resolution=-1)
+    of = scores(data.make_source(**common.folder(str(REAL))), protocol, num_images=0)
+    assert of["nano"][1] < of["ramp"][1], of
