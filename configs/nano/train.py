@@ -1,6 +1,6 @@
 """nano: the models that the package ships, trained from scratch on rendered scenes alone.
 
-    python -m d3epth_jax.main --config=configs/nano/train.py         # an hour and a half on 2 CPU cores
+    python -m d3epth_jax.main --config=configs/nano/train.py         # 90 minutes on 2 CPU cores
     python -m d3epth_jax.main --config=configs/nano/train.py:tiny    # seconds: does it run at all?
 
 1. teacher: D^2-nano, encoder, UNet and decoder trained together by the pixel loss (METHOD 7, "from
