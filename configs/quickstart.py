@@ -50,11 +50,7 @@ def evaluation(tiny: bool = False) -> ConfigDict:
         "student after stage 1": "{workdir}/stage1/model",
         "student after stage 2": "{workdir}/stage2/model",
     }
-    config.models = ConfigDict(models)
-    config.order = tuple(models)  # of the table's rows
-    config.shuffled = list(models)[-1]
-    config.pictured = ("ramp", *models)
-    return config
+    return nano.show(config, models)
 
 
 def shorter(config: ConfigDict, steps: int, tiny: bool) -> ConfigDict:

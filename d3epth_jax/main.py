@@ -40,36 +40,36 @@ def main(argv: list[str]) -> None:
     log.info("done in %.0f s; everything is in %s", time.monotonic() - began, workdir)
 
 
-def run_job(config: ConfigDict, workdir: pathlib.Path) -> None:
+def _jobs() -> dict:
+    """{name: (function that checks a config, function that runs it in a workdir)}."""
     # Imported here: `--help` and a typo in a config need no JAX.
-    from d3epth_jax import ablation, cache, evaluate, train
+    from d3epth_jax import ablation, cache, evaluate, from_config, train
 
-    jobs = {
-        "train": train.run,
-        "eval": evaluate.run,
-        "cache": cache.run,
-        "ablation": ablation.run,
+    return {
+        "ablation": (ablation.check, ablation.run),
+        "cache": (cache.check, cache.run),
+        "eval": (evaluate.check, evaluate.run),
+        "train": (from_config.check, train.run),
     }
+
+
+def run_job(config: ConfigDict, workdir: pathlib.Path) -> None:
+    jobs = _jobs()
     if config.job not in jobs:
         raise ValueError(f"unknown job {config.job!r}: choose one of {sorted(jobs)}")
     log.info("%s: %s", config.job, workdir)
-    jobs[config.job](config, workdir)
+    _, run = jobs[config.job]
+    run(config, workdir)
 
 
 def check_jobs(jobs: dict[str, ConfigDict]) -> None:
     """Raises ValueError with what is wrong with the settings of any job, before the first runs."""
-    from d3epth_jax import ablation, cache, evaluate, from_config
-
-    checks = {
-        "train": from_config.check,
-        "eval": evaluate.check,
-        "cache": cache.check,
-        "ablation": ablation.check,
-    }
-    problems = []
+    known, problems = _jobs(), []
     for name, config in jobs.items():
         try:
-            checks.get(config.job, id)(config)
+            if config.job in known:
+                check, _ = known[config.job]
+                check(config)
         except ValueError as error:
             problems.append(f"{name}: {error}" if name else str(error))
     if problems:

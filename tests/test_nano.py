@@ -17,7 +17,6 @@ from d3epth_jax.weights import hub
 from d3epth_jax.weights.download import BUNDLED, locate
 
 MEGABYTES = {"nano": 8, "nano-teacher": 16}
-REAL = pathlib.Path(__file__).parents[2] / "shared/rgbd"
 
 
 @pytest.mark.parametrize("name", sorted(BUNDLED))
@@ -67,8 +66,7 @@ def test_the_student_beats_the_ramp_on_held_out_scenes():
     assert of["nano"][0] < 0.85 * of["ramp"][0], of
 
 
-@pytest.mark.skipif(not REAL.is_dir(), reason="needs the real pictures of ../shared/rgbd")
-def test_the_student_beats_the_ramp_on_real_pictures():
+def test_the_student_beats_the_ramp_on_real_pictures(shared):
     protocol = make_protocol("default", processing_resolution=-1)
-    of = scores(data.make_source(**common.folder(str(REAL))), protocol, num_images=0)
+    of = scores(data.make_source(**common.folder(str(shared / "rgbd"))), protocol, num_images=0)
     assert of["nano"][1] < of["ramp"][1], of

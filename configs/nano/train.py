@@ -1,6 +1,6 @@
 """nano: the models that the package ships, trained from scratch on rendered scenes alone.
 
-    python -m d3epth_jax.main --config=configs/nano/train.py         # 90 minutes on 2 CPU cores
+    python -m d3epth_jax.main --config=configs/nano/train.py         # an hour on 2 CPU cores
     python -m d3epth_jax.main --config=configs/nano/train.py:tiny    # seconds: does it run at all?
 
 1. teacher: D^2-nano, encoder, UNet and decoder trained together by the pixel loss (METHOD 7, "from
@@ -58,6 +58,11 @@ def evaluation(tiny: bool = False) -> ConfigDict:
         "D3-nano after stage 1": "{workdir}/stage1/model",
         "D3-nano after stage 2": "{workdir}/stage2/model",
     }
+    return show(config, models)
+
+
+def show(config: ConfigDict, models: dict[str, str]) -> ConfigDict:
+    """An evaluation of these {name: directory}; the last also with its pictures shuffled."""
     config.models = ConfigDict(models)
     config.order = tuple(models)  # of the table's rows
     config.shuffled = list(models)[-1]

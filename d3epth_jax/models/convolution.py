@@ -12,7 +12,9 @@ import numpy as np
 
 DOWNSAMPLE_PADDING = ((1, 1), (1, 1))
 VAE_DOWNSAMPLE_PADDING = ((0, 1), (0, 1))
-_ABSENT = nn.initializers.zeros  # see layers.py
+# Random parameters are depth_model.init_params' business: Linen is only asked for shapes, and
+# tracing its own initialisers would take a third of that.
+ABSENT = nn.initializers.zeros
 _NHWC = ("NHWC", "HWIO", "NHWC")
 
 
@@ -35,7 +37,7 @@ def conv(
         padding=padding or ((pad, pad), (pad, pad)),
         use_bias=use_bias,
         dtype=dtype,
-        kernel_init=_ABSENT,
+        kernel_init=ABSENT,
         conv_general_dilated=convolve,
         name=name,
     )
@@ -139,11 +141,11 @@ class PhaseConv(nn.Module):
     def __call__(self, x, size):
         _, height, width, channels = x.shape
         shape = (2, 2, 2, 2, channels, self.features)
-        kernel = self.param("kernel", _ABSENT, shape).astype(self.dtype)
+        kernel = self.param("kernel", ABSENT, shape).astype(self.dtype)
         x = x.astype(self.dtype)
         bias = 0
         if self.use_bias:
-            bias = self.param("bias", _ABSENT, (self.features,)).astype(self.dtype)
+            bias = self.param("bias", ABSENT, (self.features,)).astype(self.dtype)
         if size != (2 * height, 2 * width):
             x = upsample_nearest(x, size)
             return convolve(x, whole_kernel(kernel), (1, 1), ((1, 1), (1, 1))) + bias

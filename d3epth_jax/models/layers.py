@@ -14,22 +14,18 @@ import jax.numpy as jnp
 import numpy as np
 
 from d3epth_jax.models.attention import attention
-from d3epth_jax.models.convolution import conv
+from d3epth_jax.models.convolution import ABSENT, conv
 
 TRANSFORMER_NORM_EPS = 1e-6  # GroupNorm before a transformer; ResNets have the config's norm_eps
 LAYER_NORM_EPS = 1e-5
 VAE_NORM_EPS = 1e-6  # everywhere in the KL autoencoder
 MAX_PERIOD = 10_000.0  # of the sinusoidal time embedding
-# Random parameters are depth_model.init_params' business: Linen is only asked for shapes, and
-# tracing its own initialisers would take a third of that.
-_ABSENT = nn.initializers.zeros
 
 
 def gelu(x: jax.Array) -> jax.Array:
     """The exact GELU, by the error function; the tanh approximation differs by up to 5e-4.
 
-    As torch computes it: jax.nn.gelu's complementary error function takes five times as long on a
-    CPU.
+    As torch computes it: jax.nn.gelu's complementary error function takes longer on a CPU.
     """
     return x * _below(x)
 
@@ -55,7 +51,7 @@ class LayerNorm(nn.Module):
 
     @nn.compact
     def __call__(self, x):
-        scale, bias = (self.param(name, _ABSENT, x.shape[-1:]) for name in ("scale", "bias"))
+        scale, bias = (self.param(name, ABSENT, x.shape[-1:]) for name in ("scale", "bias"))
         x = x.astype(jnp.float32)
         x -= jnp.mean(x, -1, keepdims=True)
         x *= jax.lax.rsqrt(jnp.mean(jnp.square(x), -1, keepdims=True) + LAYER_NORM_EPS)
@@ -63,7 +59,7 @@ class LayerNorm(nn.Module):
 
 
 def dense(name: str, features: int, dtype: Any, *, use_bias: bool = True) -> nn.Dense:
-    return nn.Dense(features, use_bias=use_bias, dtype=dtype, kernel_init=_ABSENT, name=name)
+    return nn.Dense(features, use_bias=use_bias, dtype=dtype, kernel_init=ABSENT, name=name)
 
 
 def check_latent(what: str, x: jax.Array, channels: int) -> None:
@@ -222,16 +218,15 @@ class DenseHalves(nn.Module):
     @nn.compact
     def __call__(self, x):
         shape = x.shape[-1], 2 * self.features
-        kernel = self.param("kernel", _ABSENT, shape).astype(self.dtype)
-        bias = self.param("bias", _ABSENT, shape[1:]).astype(self.dtype)
+        kernel = self.param("kernel", ABSENT, shape).astype(self.dtype)
+        bias = self.param("bias", ABSENT, shape[1:]).astype(self.dtype)
         halves = zip(jnp.split(kernel, 2, -1), jnp.split(bias, 2), strict=True)
         return [x.astype(self.dtype) @ half + offset for half, offset in halves]
 
 
 @jax.custom_vjp
 def gated(value: jax.Array, gate: jax.Array) -> jax.Array:
-    """value * gelu(gate), with the gradient written out: JAX's own takes two to three times as long
-    on a CPU."""
+    """value * gelu(gate), with the gradient written out: JAX's own takes longer on a CPU."""
     return value * gelu(gate)
 
 
