@@ -8,7 +8,15 @@ PROCEDURAL_TRAIN, PROCEDURAL_TEST = 1, 2  # seeds of the rendered scenes: no sce
 
 def procedural(seed: int, length: int, **size: int) -> ConfigDict:
     """Rendered scenes (data/procedural), nothing to download; training gives them its own size."""
-    return ConfigDict({"name": "procedural", "seed": seed, "length": length, **size})
+    return ConfigDict(
+        {
+            "name": "procedural",
+            "version": 2,  # of what is rendered: told apart in what is saved
+            "seed": seed,
+            "length": length,
+            **size,
+        }
+    )
 
 
 def folder(path: str, split: str = "") -> ConfigDict:

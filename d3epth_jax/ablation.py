@@ -8,7 +8,7 @@ files/, cache/.
 import json
 import logging
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import jax
 
@@ -30,15 +30,16 @@ from d3epth_jax.weights import fold
 
 log = logging.getLogger(__name__)
 
-COSTS = "macs.json"  # {arm: MACs of a training step}, kept: it decides numbers of steps
-SEEDS_APART = 1000  # of the scenes that a seed of the ablation is trained on
+COST = "step_macs.json"  # in an arm's folder: MACs of a step, written once it is trained
+SEEDS_APART = 10_000  # of the scenes that a seed of the ablation is trained on
 
 
 def run(config, workdir: pathlib.Path) -> None:
     """Runs every arm with every seed and writes ablation.{md,json,png} after each of them.
 
-    What is finished is not run again. Raises ValueError for settings that make no sense or are not
-    those that the workdir was made with.
+    What is finished is not run again. An arm whose training fails is told at the end, and what goes
+    on from it is left out. Raises ValueError for settings that make no sense or are not those that
+    the workdir was made with, TrainingError for arms that failed.
     """
     check(config)
     for job in evaluations(config).values():
@@ -49,11 +50,22 @@ def run(config, workdir: pathlib.Path) -> None:
         write_files(config.files, workdir / "files")
     if any(job.teacher.cache for job in chosen):
         cache.run(config.cache, workdir / "cache")
+    failed = {}
     for seed in config.seeds:
         for name in config.order:
-            if seed in seeds_of(config, name):
+            needed = chain(config.arms, config.arms[name].macs_of or name)
+            if seed not in seeds_of(config, name) or any((seed, each) in failed for each in needed):
+                continue
+            try:
                 run_arm(config, workdir, name, seed)
-                ablation_report.write(workdir, begun(config, workdir), config.comparisons)
+            except train.TrainingError as error:
+                log.error("arm %s, seed %d failed: %s", name, seed, error)
+                failed[seed, name] = str(error)
+                continue
+            ablation_report.write(workdir, trained(config, workdir), config.comparisons)
+    if failed:
+        listed = [f"{name}, seed {seed}: {error}" for (seed, name), error in failed.items()]
+        raise train.TrainingError("\n  ".join(["arms that failed:", *listed]))
     print(f"\n{(workdir / 'ablation.md').read_text()}", flush=True)
 
 
@@ -71,6 +83,8 @@ def check(config) -> None:
         problems.append(f"seeds: at least one, each once, not {tuple(config.seeds)}")
     if unknown := sorted({*config.order, *sum(config.comparisons, ())} - set(config.arms)):
         problems.append(f"no arms are called {unknown}: there are {sorted(config.arms)}")
+    if not config.order:
+        problems.append("order: no arm to run")
     for number, name in enumerate(config.order):
         if name not in config.arms:
             continue
@@ -78,10 +92,13 @@ def check(config) -> None:
         for other in filter(None, (arm.after, arm.macs_of)):
             if other not in config.order[:number]:
                 problems.append(f"arms.{name} needs {other!r} before it in `order`")
+            elif not set(seeds_of(config, name)) <= set(seeds_of(config, other)):
+                problems.append(f"arms.{name} has seeds that {other!r} lacks, which it needs")
         if arm.after and arm.macs_of:
             problems.append(f"arms.{name}: `after` and `macs_of` exclude each other")
         ask(f"arms.{name}", from_config.check, arm.train)
-    ask("cache", cache.check, config.cache)
+    if any(config.arms[name].train.teacher.cache for name in config.order if name in config.arms):
+        ask("cache", cache.check, config.cache)
     for name, job in config.evaluations.items():
         ask(f"evaluations.{name}", evaluate.check, job)
     if problems:
@@ -116,22 +133,24 @@ def run_arm(config, workdir: pathlib.Path, name: str, seed: int) -> None:
     job = arm.train.copy_and_resolve_references()
     job.seed = seed
     if "seed" in job.data.source:
-        job.data.source.seed += SEEDS_APART * seed
+        job.data.source.seed += SEEDS_APART * (seed + 1)  # none sees the teacher's scenes
     if arm.after:
         job.init = str(folder / arm.after / "model")
-    costs = read_costs(workdir)
+    costs = read_costs(workdir, config.order)
     if name not in costs:
         costs[name] = step_macs(job)
-        with atomic.replacing(workdir / COSTS) as partial:
-            partial.write_text(json.dumps(costs, indent=2) + "\n")
     job.train.steps = steps_of(config.arms, costs, name)
     model = train.run(job, folder / name)
+    # Now that the settings are the folder's for good.
+    with atomic.replacing(folder / name / COST) as partial:
+        partial.write_text(json.dumps(costs[name]) + "\n")
     evaluate_once(config, model, folder / name)
 
 
-def read_costs(workdir: pathlib.Path) -> dict[str, int]:
-    path = workdir / COSTS
-    return json.loads(path.read_text()) if path.is_file() else {}
+def read_costs(workdir: pathlib.Path, names: Iterable[str]) -> dict[str, int]:
+    """{arm: MACs of a training step} of those that are trained, with any seed."""
+    found = {name: sorted(workdir.glob(f"seed*/{name}/{COST}")) for name in names}
+    return {name: json.loads(paths[0].read_text()) for name, paths in found.items() if paths}
 
 
 def chain(arms: Mapping, name: str) -> list[str]:
@@ -152,9 +171,9 @@ def total_macs(arms: Mapping, costs: Mapping[str, int], name: str) -> int:
     return sum(steps_of(arms, costs, each) * costs[each] for each in chain(arms, name))
 
 
-def begun(config, workdir: pathlib.Path) -> dict[str, ablation_report.Arm]:
-    """What the report has to know of every arm that has begun, in the table's order."""
-    costs = read_costs(workdir)
+def trained(config, workdir: pathlib.Path) -> dict[str, ablation_report.Arm]:
+    """What the report has to know of every arm that is trained, in the table's order."""
+    costs = read_costs(workdir, config.order)
     return {
         name: ablation_report.Arm(
             title=config.arms[name].title,

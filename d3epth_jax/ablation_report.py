@@ -35,11 +35,13 @@ MEASURES = {
 REFERENCES = {"constant": "constant", "ramp": "ramp", "model": "teacher"}
 NOTES = (
     "Mean ± standard deviation over seeds. Steps and MACs: of the arm's training with all that it"
-    " goes on from, the teacher's left out; GMACs per step: of the last training's gradient, its"
-    " whole batch, counted in the trace of the loss.",
+    " goes on from; what the teacher computes in it counts, the teacher's own training does not."
+    " GMACs per step: of the last training's gradient, its whole batch, counted in the trace of the"
+    " loss.",
     "Differences are paired by seed: their mean, its standard error (standard deviation / sqrt(n))"
     " and what is claimed: better or worse only beyond two standard errors, nothing of one seed."
-    " With three seeds chance alone passes that bar in 18 of 100 comparisons (Student's t).",
+    " With three seeds chance alone passes that bar in 18 of 100 comparisons (Student's t)."
+    " Seeds share the teacher and the pictures: what another of these would change is not in it.",
 )
 
 

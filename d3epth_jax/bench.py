@@ -14,8 +14,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from d3epth_jax import macs, optim, steps, weighting
-from d3epth_jax.bench_worker import forget_peak_memory, peak_memory, random_picture, serve
+from d3epth_jax import macs, memory, optim, steps, weighting
+from d3epth_jax.bench_worker import random_picture, serve
 from d3epth_jax.models import presets
 from d3epth_jax.models.config import TinyAutoencoderConfig
 from d3epth_jax.models.depth_model import DepthModel, count_params, init_params
@@ -31,7 +31,7 @@ FIRST_BATCH = 8  # an accelerator's micro-batch is looked for from here on
 
 def read(name: str, dtype: str, *, remat: bool = False) -> tuple[DepthModel, Params]:
     """A preset with random weights, or a directory's model."""
-    if name in presets.PRESETS and not os.path.isdir(name):
+    if name in presets.PRESETS and not os.path.isfile(os.path.join(name, "model_index.json")):
         model = DepthModel(*presets.get(name), presets.SINGLE_STEP, dtype=dtype, remat=remat)
         return model, random_params(model)
     loaded = hub.load_model(name, dtype=dtype, remat=remat, param_dtype=None)
@@ -72,7 +72,7 @@ class Ours:
         jax.block_until_ready(self.pipe.params)
         del params
         gc.collect()
-        forget_peak_memory()
+        memory.forget_peak()
         return {"steps": self.steps, **device()}
 
     def count(self) -> dict:
@@ -120,7 +120,7 @@ class Ours:
 
     def memory(self) -> dict:
         """The most memory there has been in use since the model was read."""
-        return memory()
+        return most_memory()
 
     def matmul(self, dtype: str) -> dict:
         """Operations per second of a large matrix product: the device's peak, as it is reached."""
@@ -141,12 +141,12 @@ def device() -> dict:
     return {"device": found.device_kind, "platform": found.platform, "jax": jax.__version__}
 
 
-def memory() -> dict:
+def most_memory() -> dict:
     """{bytes, kind}: of an accelerator's allocator, else of this process."""
     stats = jax.devices()[0].memory_stats() or {}
     if "peak_bytes_in_use" in stats:
         return {"bytes": stats["peak_bytes_in_use"], "kind": "the device's allocator"}
-    return {"bytes": peak_memory(), "kind": "resident set of the process"}
+    return {"bytes": memory.peak(), "kind": "resident set of the process"}
 
 
 def timed(function: Callable) -> float:
@@ -228,7 +228,7 @@ def train(
     tx = optim.make_optimizer(optim.make_schedule(3e-5, total_steps=20_000))
 
     def attempt(micro: int, accumulate: int = 1) -> dict:
-        forget_peak_memory()
+        memory.forget_peak()
         step = jax.jit(
             steps.make_train_step(
                 loss_fn, tx, task_weights, beta=beta, tasks=tasks, accumulate=accumulate
@@ -253,7 +253,7 @@ def train(
             "seconds": seconds[1:],
             "loss": float(metrics["loss"]),
             "macs": macs_each * micro * accumulate,
-            "memory": memory(),
+            "memory": most_memory(),
         }
 
     if micro:

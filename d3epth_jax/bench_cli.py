@@ -72,8 +72,8 @@ def bench(args: argparse.Namespace) -> int:
     rows, failed = _measured_before(args), False
     try:
         for number, job in enumerate(jobs, 1):
-            before = [row for row in rows if job.items() <= row.items()]
-            there = [row for row in before if "error" not in row]
+            before = [row for row in rows if _is_of(row, job)]
+            there = [row for row in before if "error" not in row and _is_enough(row, job)]
             _say(f"[{number}/{len(jobs)}] {_name(job)} {'is there' if there else '...'}")
             now = there[0] if there else _measured(job, args)
             failed |= "error" in now
@@ -88,8 +88,28 @@ def bench(args: argparse.Namespace) -> int:
 
 
 def _measured_before(args: argparse.Namespace) -> list[dict]:
+    """What --resume keeps; ValueError if it was measured on another machine."""
+    from d3epth_jax.bench_worker import machine
+
     path = args.out and args.out / RESULTS
-    return json.loads(path.read_text())["rows"] if args.resume and path.is_file() else []
+    if not (args.resume and path.is_file()):
+        return []
+    saved = json.loads(path.read_text())
+    if saved["machine"] != machine():
+        raise ValueError(f"it was measured on another machine: {saved['machine']}")
+    return saved["rows"]
+
+
+EXTENT = ("runs", "compared")  # more of them is as good
+
+
+def _is_of(row: dict, job: dict) -> bool:
+    """Whether a row is of what a job measures, were it with fewer runs or without a comparison."""
+    return {key: job[key] for key in job if key not in EXTENT}.items() <= row.items()
+
+
+def _is_enough(row: dict, job: dict) -> bool:
+    return all(row.get(key, 0) >= job.get(key, 0) for key in EXTENT)
 
 
 def plan(args: argparse.Namespace) -> list[dict]:
@@ -167,6 +187,7 @@ def plan(args: argparse.Namespace) -> list[dict]:
             {
                 **{"what": "predict", "model": model, "size": sizes["size"], "batch": batch},
                 **{
+                    "runs": args.runs,
                     "dtype": args.dtype,
                     "fold": fold,
                     "compared": model in compared and fold == folds[0],
@@ -186,7 +207,7 @@ def plan(args: argparse.Namespace) -> list[dict]:
             jobs += [
                 {
                     **{"what": stage, "model": model, "size": sizes["train_size"]},
-                    **{"batch": args.train_batch, "dtype": args.dtype},
+                    **{"batch": args.train_batch, "dtype": args.dtype, "runs": args.runs},
                     "remat": not args.no_remat,
                 }
                 for model in (one if args.all else known)
@@ -242,15 +263,18 @@ def _predict(job: dict, args: argparse.Namespace) -> dict:
         if job["compared"]:
             theirs = _worker(stack, "compare_diffusers", {})
             try:
-                row["compare"] = _compare(job, args, ours, theirs, folder, saved, row)
+                _compare(job, args, ours, theirs, folder, saved, row)
             except WorkerError as error:  # ours has been measured
                 _say(f"    diffusers failed: {error}")
                 row["error"] = f"diffusers: {error}"
     return row
 
 
-def _compare(job, args, ours, theirs, folder: pathlib.Path, saved: str, row: dict) -> dict:
-    """{variant: alternating times of pipeline and parts, memory, difference of the depth maps}."""
+def _compare(job, args, ours, theirs, folder: pathlib.Path, saved: str, row: dict) -> None:
+    """Fills row["compare"], variant by variant: what is measured stays if the next one fails.
+
+    {variant: alternating times of pipeline and parts, memory, difference of the depth maps}.
+    """
     import numpy as np
 
     from d3epth_jax.bench_worker import random_picture
@@ -265,7 +289,7 @@ def _compare(job, args, ours, theirs, folder: pathlib.Path, saved: str, row: dic
         dtype=job["dtype"],
         steps=row["steps"],
     )
-    result = {}
+    result = row["compare"] = {}
     for variant in row["theirs"]["variants"]:
         theirs.ask("prepare", variant=variant)
         output = folder / f"{variant}.npy"
@@ -288,7 +312,6 @@ def _compare(job, args, ours, theirs, folder: pathlib.Path, saved: str, row: dic
         ratio = np.median(times["theirs"]["pipeline"]) / np.median(times["ours"]["pipeline"])
         difference = result[variant]["difference"]
         _say(f"    diffusers {variant}: ratio {ratio:.2f}, largest difference {difference:.1e}")
-    return result
 
 
 def _alternating(runs: int, requests: dict) -> dict[str, list[float]]:
@@ -346,7 +369,7 @@ def _reads_depth(name: str) -> bool:
 
     if _is_model(name):
         unet, vae = (
-            json.loads(pathlib.Path(name, part, "config.json").read_text())
+            json.loads((_folder(name) / part / "config.json").read_text())
             for part in ("unet", "vae")
         )
         return unet.get("in_channels", 4) == 2 * vae.get("latent_channels", 4)
@@ -357,7 +380,14 @@ def _reads_depth(name: str) -> bool:
 
 
 def _is_model(name: str) -> bool:
-    return pathlib.Path(name, "model_index.json").is_file()
+    return (_folder(name) / "model_index.json").is_file()
+
+
+def _folder(name: str) -> pathlib.Path:
+    """Of a model in a directory, or of one that comes with the package."""
+    from d3epth_jax.weights.download import bundled
+
+    return bundled(name) or pathlib.Path(name)
 
 
 def _name(job: dict) -> str:

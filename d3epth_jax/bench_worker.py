@@ -4,12 +4,10 @@ So memory is that of one model, a failure takes nothing else with it, and torch 
 beside JAX in the same way.
 """
 
-import contextlib
 import json
 import os
 import pathlib
 import platform
-import resource
 import subprocess
 import sys
 import tempfile
@@ -93,22 +91,6 @@ def random_picture(size: tuple[int, int]) -> np.ndarray:
 def cores() -> int:
     """CPU cores this process may use: what `taskset` leaves."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-
-
-def forget_peak_memory() -> None:
-    """Lets `peak_memory` begin anew, where the system can (Linux)."""
-    with contextlib.suppress(OSError):
-        pathlib.Path("/proc/self/clear_refs").write_text("5")
-
-
-def peak_memory() -> int:
-    """Most bytes of memory this process has held (resident set), since `forget_peak_memory`."""
-    try:
-        status = pathlib.Path("/proc/self/status").read_text()
-    except OSError:
-        unit = 1 if sys.platform == "darwin" else 1024
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-    return int(status.split("VmHWM:")[1].split()[0]) * 1024
 
 
 def machine() -> dict:

@@ -1,4 +1,4 @@
-"""The command line: d3epth predict photo.jpg --out depth
+"""The command line: d3epth predict photo.jpg
 
 A subcommand is a function that adds its arguments, and one that runs it and returns the exit code;
 `main` lists them. Nothing heavy is imported before a command runs: `--help` answers at once.
@@ -56,10 +56,10 @@ def add_predict(commands) -> None:
     parser.set_defaults(run=predict, fail=parser.error)
     add = parser.add_argument
     add("inputs", nargs="+", type=pathlib.Path, metavar="IMAGE_OR_DIR", help="folders: recursively")
-    add("--model", default="nano",
-        help="a directory in diffusers' layout, or a hub id OWNER/NAME; default: nano, a small "
-        "model that comes with the package")  # fmt: skip
-    add("--out", required=True, type=pathlib.Path, help="folder of the results, made as needed")
+    add("--model", help="a directory in diffusers' layout, a hub id OWNER/NAME, or one that comes "
+        "with the package: nano (the default), nano-teacher")  # fmt: skip
+    add("--out", default="depth", type=pathlib.Path,
+        help="folder of the results, made as needed; default: depth")  # fmt: skip
     add("--processing-resolution", type=_at_least(0), metavar="N",
         help="longest side the networks see; 0: the picture's; default: the model's")  # fmt: skip
     add("--steps", type=_at_least(1), metavar="N", help="denoising steps; default: the model's")
@@ -164,7 +164,8 @@ def predict(args: argparse.Namespace) -> int:
     try:
         predictor = _load_predictor(args)
     except (OSError, ValueError) as error:
-        print(f"d3epth: the model {args.model} cannot be used:\n{error}", file=sys.stderr)
+        name = args.model or "that comes with the package"
+        print(f"d3epth: the model {name} cannot be used:\n{error}", file=sys.stderr)
         return UNUSABLE
 
     progress, done = Progress("predict", total, unit="picture"), len(failed)
@@ -295,9 +296,11 @@ def _load_predictor(args: argparse.Namespace):
 
     from d3epth_jax.compilation_cache import use_compilation_cache
     from d3epth_jax.pipeline import DepthPipeline
+    from d3epth_jax.weights.download import BUNDLED
 
     use_compilation_cache()
-    pipe = DepthPipeline.from_pretrained(args.model, dtype=args.dtype, **_where(args))
+    model = args.model or BUNDLED["nano"]  # not by name: a folder may be called so
+    pipe = DepthPipeline.from_pretrained(model, dtype=args.dtype, **_where(args))
     settings = {
         "processing_resolution": args.processing_resolution,
         "num_inference_steps": args.steps,

@@ -14,7 +14,8 @@ import safetensors.torch
 import torch
 from PIL import Image
 
-from d3epth_jax.bench_worker import cores, forget_peak_memory, peak_memory, serve
+from d3epth_jax import memory
+from d3epth_jax.bench_worker import cores, serve
 
 PROMPT = "empty_prompt.safetensors"  # weights.hub.PROMPT, without JAX in this process
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -49,7 +50,7 @@ class Theirs:
             self.pipe.unet.compile()
             for part in (self.pipe.vae.encoder, self.pipe.vae.decoder):
                 part.compile()
-        forget_peak_memory()
+        memory.forget_peak()
         if DEVICE == "cuda":
             torch.cuda.reset_peak_memory_stats()
         return {}
@@ -113,7 +114,7 @@ class Theirs:
         """The most memory there has been in use since `prepare`."""
         if DEVICE == "cuda":
             return {"bytes": torch.cuda.max_memory_allocated(), "kind": "the device's allocator"}
-        return {"bytes": peak_memory(), "kind": "resident set of the process"}
+        return {"bytes": memory.peak(), "kind": "resident set of the process"}
 
 
 def read(directory: pathlib.Path, dtype: torch.dtype) -> diffusers.MarigoldDepthPipeline:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import numpy as np
 
-from d3epth_jax import gallery, metrics
+from d3epth_jax import atomic, gallery, metrics
 from d3epth_jax import image as image_lib
 from d3epth_jax.data import read_samples
 from d3epth_jax.progress import Progress
@@ -138,10 +138,12 @@ class Results:
                 for p in self.predictors
             },
         }
-        (directory / f"{name}.json").write_text(json.dumps(summary, indent=2) + "\n")
         for end, pictures in (("", self.pictures), ("_worst", self.worst)):
             if pictures is not None:
                 image_lib.save_png(directory / f"{name}{end}.png", pictures)
+        # Last, and whole or not at all: where it is, all is there.
+        with atomic.replacing(directory / f"{name}.json") as partial:
+            partial.write_text(json.dumps(summary, indent=2) + "\n")
 
 
 def evaluate(

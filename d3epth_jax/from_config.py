@@ -63,6 +63,12 @@ def _check_choices(config) -> None:
         for name, (value, known) in choices.items()
         if value not in known
     ]
+    resolution, aspect = config.model.processing_resolution, config.model.processing_aspect
+    if aspect is not None and not (aspect > 0 and resolution):
+        problems.append(
+            f"model.processing_aspect {aspect} with processing_resolution {resolution}: a positive"
+            " width / height is expected, and a resolution, since native sizes are not stretched"
+        )
     if config.train.host_ema_every and jax.process_count() > 1:
         problems.append("train.host_ema_every needs a single process: set it to 0")
     if problems:

@@ -110,9 +110,10 @@ def processing_size(
     if resolution == 0:
         return height, width
     if aspect is not None:
-        return round(resolution * min(1, 1 / aspect)), round(resolution * min(1, aspect))
-    longest = max(height, width)
-    size = height * resolution // longest, width * resolution // longest
+        size = round(resolution * min(1, 1 / aspect)), round(resolution * min(1, aspect))
+    else:
+        longest = max(height, width)
+        size = height * resolution // longest, width * resolution // longest
     if 0 in size:
         raise ValueError(
             f"picture of {height}x{width} pixels shrinks to {size[0]}x{size[1]} at processing "

@@ -13,7 +13,7 @@ import jax
 import numpy as np
 from PIL import Image
 
-from d3epth_jax import ensemble, inference, sharding
+from d3epth_jax import ensemble, inference, memory, sharding
 from d3epth_jax import image as image_lib
 from d3epth_jax.models.depth_model import DepthModel
 from d3epth_jax.typing import Params
@@ -270,6 +270,13 @@ class DepthPipeline:
 
         if zeros:
             _tell(self.model, logging.INFO, "the model starts from zero latents")
+        if resolution == 0 and self.model.processing_aspect is not None:
+            notice = (
+                f"pictures in their own size, but the model was trained on"
+                f" {self.model.processing_aspect:.3g}:1 alone, at most"
+                f" {self.model.processing_resolution} pixels"
+            )
+            _tell(self.model, logging.WARNING, notice)
         if key is not None and (zeros or latents is not None):
             _tell(self.model, logging.WARNING, "the seed (`key`) has no effect: nothing is drawn")
         if zeros and steps > 1 and self.model.denoising_steps == 1:
@@ -331,7 +338,16 @@ def _program(model: DepthModel, mesh, shape: tuple[int, int, int], function, *st
     `shape` [B,h,w] and `mesh` are there as the cache's key: jit itself would keep all for ever.
     """
     del mesh, shape
-    return jax.jit(lambda params, *arrays: function(model, params, *arrays, *static))
+    program = jax.jit(lambda params, *arrays: function(model, params, *arrays, *static))
+
+    def run(*arguments):
+        if not program._cache_size():
+            # Compiling leaves much memory behind: not to be held beside what running needs.
+            program.lower(*arguments).compile()
+            memory.give_back()
+        return program(*arguments)
+
+    return run
 
 
 def _in_batches(function, batch_size: int, *arrays):

@@ -13,8 +13,10 @@ import pathlib
 import time
 
 import jax
+import numpy as np
 
-from d3epth_jax import from_config, runs, sharding, steps, training_data
+from d3epth_jax import from_config, gallery, runs, sharding, steps, training_data
+from d3epth_jax import image as image_lib
 from d3epth_jax.checkpoint import Checkpoints, abstract
 from d3epth_jax.evaluate import model_predictor, protocol_of
 from d3epth_jax.evaluation import evaluate
@@ -104,6 +106,7 @@ def run(config, workdir: pathlib.Path) -> pathlib.Path:
             progress.clear()
             params = merge(averaged(), frozen["rest"])
             scores[step] = score(config, computed, params, validation, mesh, writer, step)
+            image_lib.save_png(workdir / "curves.png", curves(workdir))
 
         if start == 0:
             validate(0)
@@ -197,6 +200,26 @@ def score(config, model, params, source, mesh, writer: MetricWriter, step: int) 
         sources = f", mean of sources {results.mean_over_groups(config.stage):.4f}"
     log.info("step %d: AbsRel %.4f%s", step, results.mean(config.stage), sources)
     return results.mean(config.stage)
+
+
+def curves(workdir: pathlib.Path) -> np.ndarray:
+    """Every loss, and AbsRel on the validation set, over a run's steps so far: uint8 [H,W,3]."""
+    rows = read_metrics(workdir / "metrics.jsonl")
+    names = dict.fromkeys(name for row in rows for name in row)
+
+    def series(prefix: str) -> dict[str, tuple]:
+        points = {
+            name.removeprefix(prefix): [(row["step"], row[name]) for row in rows if name in row]
+            for name in names
+            if name.startswith(prefix)
+        }
+        return {name: tuple(zip(*found, strict=True)) for name, found in points.items()}
+
+    losses = gallery.line_plot(series("train/loss/"), "losses, training", "step", "loss", logy=True)
+    scores = gallery.line_plot(
+        {"AbsRel": series("eval/")["abs_rel"]}, "AbsRel, validation", "step", "AbsRel"
+    )
+    return np.concatenate([losses, scores])
 
 
 def tell_scores(stage: str, workdir: pathlib.Path) -> None:

@@ -1,7 +1,7 @@
 """Photographs and the bundled models' depth: `python -m tests.photo_sheet SHEET.png PHOTO...`."""
 
+import argparse
 import pathlib
-import sys
 
 import numpy as np
 from PIL import Image
@@ -11,7 +11,7 @@ from d3epth_jax import DepthPipeline, gallery, image
 MODELS = {"D3-nano": "nano", "D2-nano, its teacher": "nano-teacher"}
 
 
-def main(out: str, *photos: str) -> None:
+def main(out: str, photos: list[str]) -> None:
     """A row for each photograph, with each model's depth: red is near, blue is far."""
     pipes = [DepthPipeline.from_pretrained(name) for name in MODELS.values()]
 
@@ -26,4 +26,8 @@ def main(out: str, *photos: str) -> None:
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("sheet", metavar="SHEET.png")
+    parser.add_argument("photos", nargs="+", metavar="PHOTO")
+    arguments = parser.parse_args()
+    main(arguments.sheet, arguments.photos)

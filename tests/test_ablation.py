@@ -130,7 +130,7 @@ def test_config_holds_together(word):
     assert set(config.order) == set(config.arms)
     seeds = {config.evaluations.scenes.eval.source.seed, config.arms.both.train.eval.source.seed}
     trained = {
-        arm.train.data.source.seed + ablation.SEEDS_APART * seed
+        arm.train.data.source.seed + ablation.SEEDS_APART * (seed + 1)
         for arm in config.arms.values()
         if arm.train.data.source.name == "procedural"
         for seed in config.seeds
@@ -151,14 +151,19 @@ def test_flags_reach_every_arm():
     assert config.arms.stage1.train.teacher.path == config.cache.teacher.path == "A"
     assert config.arms.stage2.train.autoencoder.path == "A"
     assert config.evaluations.real.eval.source.path == "B"
+    assert config.evaluations.real.eval.processing_resolution == -1
     assert config.arms.cached.train.teacher.cache == "C/cache"
     assert config.arms.scratch.train.autoencoder.path == ""
 
 
 def test_settings_that_make_no_sense_are_told_at_once():
     config = ablation_config.get_config("tiny")
-    config.order = ("both", "nobody", "stage2_macs")
-    config.seeds = (1, 1)
+    config.order = ()
+    with pytest.raises(ValueError, match="no arm to run"):
+        ablation.check(config)
+    config.order = ("both", "nobody", "stage2_macs", "full_base", "full_ssi")
+    config.arms.full_base.seeds = 1
+    config.seeds = (1, 1, 2)
     config.arms.both.train.schedule.schedule = "linear"
     with pytest.raises(ValueError) as raised:
         ablation.check(config)
@@ -166,6 +171,7 @@ def test_settings_that_make_no_sense_are_told_at_once():
         "seeds: ",
         "['nobody']",
         "'stage1_half' before it",
+        "arms.full_ssi has seeds that 'full_base' lacks",
         "arms.both: unknown schedule",
     ):
         assert words in str(raised.value)
@@ -255,7 +261,7 @@ def test_ablation_runs_from_nothing_to_the_tables_and_goes_on(
     ran = [(0, "full_base"), (1, "full_base"), (0, "both")]
     configs = [json.loads((workdir / f"seed{s}/{n}/config.json").read_text()) for s, n in ran]
     assert [c["seed"] for c in configs] == [0, 1, 0]
-    assert [c["data"]["source"]["seed"] for c in configs] == [1, 1001, 501]
+    assert [c["data"]["source"]["seed"] for c in configs] == [10_001, 20_001, 12_501]
     assert configs[2]["init"] == str(workdir / "seed0/stage1_half/model")
     table = (workdir / "ablation.md").read_text()
     assert "| D^3, both stages " in table and "AbsRel, real" in table and " one seed |" in table

@@ -70,6 +70,27 @@ def test_gradients_in_16_bits(limit):
         np.testing.assert_allclose(one.astype(jnp.float32), other, atol=0.05)
 
 
+def test_gradients_in_16_bits_do_not_get_worse_with_the_number_of_chunks(monkeypatch):
+    rng = np.random.default_rng(0)
+    q, k, v = (jnp.asarray(rng.normal(size=(1, 512, 1, 8)), jnp.bfloat16) for _ in range(3))
+
+    def errors(logits):
+        monkeypatch.setitem(module.MAX_LOGITS, "cpu", logits)
+        exact, rounded = (
+            jax.grad(lambda *x: (attention(*x).astype(jnp.float32) ** 2).sum(), (0, 1, 2))(
+                *(x.astype(dtype) for x in (q, k, v))
+            )
+            for dtype in (jnp.float32, jnp.bfloat16)
+        )
+        return [
+            float(jnp.linalg.norm(one - other) / jnp.linalg.norm(one))
+            for one, other in zip(exact, rounded, strict=True)
+        ]
+
+    whole, chunks = errors(2**20), errors(4 * 512)  # 128 chunks
+    assert all(many < 1.2 * one for one, many in zip(whole, chunks, strict=True)), (whole, chunks)
+
+
 def test_large_logits_and_16_bits(limit):
     q, k, v = arrays(jnp.bfloat16)
     out = attention(q * 300, k * 300, v)  # exp of such logits is infinite

@@ -313,6 +313,29 @@ def test_resume_keeps_what_is_not_asked_for_now_or_not_reached(measured, tmp_pat
     assert models() == ["d2_base"]
 
 
+def test_resume_measures_again_what_has_fewer_runs_or_was_not_compared(measured, tmp_path):
+    def seen(*more) -> list[tuple]:
+        args = ["bench", "d3_fast", "--out", str(tmp_path), "--resume", *more]
+        assert cli.main(args) == 0
+        return [(row["runs"], row["compared"]) for row in saved_rows(tmp_path)]
+
+    assert seen("--runs", "3") == [(3, False)]
+    assert seen("--runs", "2") == [(3, False)]
+    assert seen("--runs", "4") == [(4, False)]
+    assert seen("--runs", "4", "--compare", "diffusers") == [(4, True)]
+    assert seen("--runs", "4") == [(4, True)]
+
+
+def test_resume_does_not_mix_machines(measured, tmp_path, capsys):
+    args = ["bench", "d3_fast", "--out", str(tmp_path), "--resume"]
+    assert cli.main(args) == 0
+    path = tmp_path / "bench.json"
+    path.write_text(path.read_text().replace('"cores": ', '"cores": 9'))
+    with pytest.raises(SystemExit):
+        cli.main(args)
+    assert "measured on another machine" in capsys.readouterr().err
+
+
 def test_rematerialisation_is_part_of_a_measurement(measured, tmp_path):
     args = ["bench", "d3_fast", "--what", "stage2", "--out", str(tmp_path), "--resume"]
     for more in ([], ["--no-remat"], []):
@@ -369,7 +392,8 @@ def test_each_measured_turn_follows_one_that_is_not_and_memory_the_pipeline(tmp_
     ours, theirs = FakeWorker("ours"), FakeWorker("theirs")
     job = {"size": [8, 8], "batch": 1, "dtype": "float32", "model": "m"}
     row = {"steps": 1, "macs": dict.fromkeys(macs.PARTS)}
-    found = bench_cli._compare(job, arguments(), ours, theirs, tmp_path, "", row)["eager"]
+    bench_cli._compare(job, arguments(), ours, theirs, tmp_path, "", row)
+    found = row["compare"]["eager"]
 
     def turns(name):
         return [("ours", name)] * 2 + [("theirs", name)] * 2
@@ -380,6 +404,23 @@ def test_each_measured_turn_follows_one_that_is_not_and_memory_the_pipeline(tmp_
     assert found["ours"]["pipeline"] == [5.0, 9.0] and found["theirs"]["pipeline"] == [7.0, 11.0]
 
 
+def test_a_variant_that_fails_leaves_those_measured_before(tmp_path, monkeypatch):
+    class FakeWorker:
+        def ask(self, do, save="", **request):
+            if request.get("variant") == "compiled":
+                raise WorkerError("no compiler")
+            if save:
+                np.save(save, np.ones(3))
+            return {**ROW, "steps": 1, "variants": ["eager", "compiled"], "flops": 1.0} | {
+                "seconds": 1.0
+            }
+
+    monkeypatch.setattr(bench_cli, "_worker", lambda *_: FakeWorker())
+    job = {"size": [8, 8], "batch": 1, "dtype": "float32", "model": "d3_fast"}
+    row = bench_cli._predict(job | {"fold": True, "compared": True}, arguments())
+    assert set(row["compare"]) == {"eager"} and row["error"] == "diffusers: no compiler"
+
+
 def test_diffusers_unet_takes_all_steps_and_memory_begins_when_it_is_prepared(
     saved, monkeypatch, tmp_path
 ):
@@ -388,7 +429,7 @@ def test_diffusers_unet_takes_all_steps_and_memory_begins_when_it_is_prepared(
     theirs, calls = compare_diffusers.Theirs(), []
     theirs.open(str(saved[0]), [32, 48], 1, "float32", steps=3)
     theirs.pipe.unet.register_forward_hook(lambda *_: calls.append("unet"))
-    monkeypatch.setattr(compare_diffusers, "forget_peak_memory", lambda: calls.append("forget"))
+    monkeypatch.setattr(compare_diffusers.memory, "forget_peak", lambda: calls.append("forget"))
     theirs.prepare("channels_last")
     np.save(tmp_path / "picture.npy", random_picture((32, 48)))
     for run in (lambda: theirs.run(str(tmp_path / "picture.npy")), lambda: theirs.part("unet")):

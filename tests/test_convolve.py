@@ -79,3 +79,40 @@ def test_dilated_and_grouped_convolutions_are_xlas(patches, options, channels):
     expected = jax.lax.conv_general_dilated(x, k, (1, 1), SAME, dimension_numbers=NHWC, **options)
     got = convolution.convolve(x, k, (1, 1), SAME, **options)
     np.testing.assert_allclose(got, expected, atol=2e-5)
+
+
+@pytest.fixture
+def weave(monkeypatch):
+    """Woven row by row for every size, as for the largest maps."""
+    monkeypatch.setattr(convolution, "WEAVE_ROWS_MIN", 1)
+
+
+def phase_conv(x, kernel, bias, size, dtype=jnp.float32):
+    params = {"params": {"kernel": convolution.phase_kernel(kernel), "bias": bias}}
+    return convolution.PhaseConv(4, dtype).apply(params, x, size)
+
+
+def plain_conv(x, kernel, bias, size, dtype=jnp.float32):
+    x = convolution.upsample_nearest(x, size).astype(dtype)
+    return convolution.convolve(x, kernel.astype(dtype), (1, 1), SAME) + bias.astype(dtype)
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+def test_phases_woven_row_by_row_are_the_upsampled_convolution(weave, batch):
+    x, kernel, bias = random(batch, 5, 7, 6), random(3, 3, 6, 4), random(4)
+    program = str(jax.make_jaxpr(lambda x: phase_conv(x, kernel, bias, (10, 14)))(x))
+    assert ("scan" in program) == (batch == 1)  # a batch may lie on several devices
+    results = []
+    for function in (plain_conv, phase_conv):
+        y, pullback = jax.vjp(lambda *a, f=function: f(*a, (10, 14)), x, kernel, bias)
+        results.append((y, *pullback(random(*y.shape))))
+    for expected, got in zip(*results, strict=True):
+        np.testing.assert_allclose(got, expected, atol=5e-5)
+
+
+def test_a_kernel_in_phases_is_put_together_again_without_loss_in_16_bits():
+    x, kernel, bias = random(1, 8, 8, 6), random(3, 3, 6, 4) + 5, random(4)
+    args = x, kernel, bias, (15, 16), jnp.bfloat16
+    exact = plain_conv(*args[:-1])
+    errors = [jnp.abs(f(*args) - exact).mean() for f in (plain_conv, phase_conv)]
+    assert errors[1] < 1.05 * errors[0]

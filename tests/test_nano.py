@@ -1,6 +1,7 @@
 """The models that come with the package: their size, their cost, and that they see depth."""
 
 import pathlib
+import socket
 
 import numpy as np
 import pytest
@@ -8,9 +9,10 @@ from PIL import Image
 
 from configs import common
 from configs.nano import train as nano
-from d3epth_jax import baselines, cli, data, macs
+from d3epth_jax import baselines, cli, data, macs, pipeline
 from d3epth_jax.evaluate import model_predictor
 from d3epth_jax.evaluation import Predictor, evaluate
+from d3epth_jax.models import presets
 from d3epth_jax.pipeline import DepthPipeline
 from d3epth_jax.protocols import make_protocol
 from d3epth_jax.weights import hub
@@ -42,12 +44,32 @@ def test_a_folder_of_that_name_comes_first(tmp_path, monkeypatch):
     assert locate("nano") == pathlib.Path("nano")
 
 
-def test_predict_without_a_model_uses_the_bundled_one(tmp_path):
+def test_predict_needs_no_more_than_a_photo_and_no_network(tmp_path, monkeypatch):
     rng = np.random.default_rng(0)
     Image.fromarray(rng.integers(0, 256, (48, 64, 3), np.uint8)).save(tmp_path / "photo.png")
-    assert cli.main(["predict", str(tmp_path / "photo.png"), "--out", str(tmp_path / "out")]) == 0
-    depth = np.load(tmp_path / "out/photo.npy")
+    (tmp_path / "nano").mkdir()  # of the user's, and no model
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(socket, "socket", lambda *_, **__: pytest.fail("network"))
+    assert cli.main(["predict", "photo.png"]) == 0
+    depth = np.load(tmp_path / "depth/photo.npy")
     assert depth.shape == (48, 64) and 0 <= depth.min() < depth.max() <= 1
+
+
+def test_a_run_knows_the_bundled_model_that_it_starts_from():
+    assert hub.digest("nano-teacher") == hub.digest(BUNDLED["nano-teacher"]) != ""
+    assert hub.load_model("nano").model.base == "nano"
+
+
+@pytest.mark.parametrize(("name", "preset"), [("nano", "d3_nano"), ("nano-teacher", "d2_nano")])
+def test_bundled_models_have_the_presets_shapes(name, preset):
+    model = hub.load_model(name).model
+    assert (model.unet, model.autoencoder) == presets.get(preset)
+
+
+def test_native_size_is_warned_of(caplog):
+    pipeline._tell.cache_clear()  # it tells everything once
+    DepthPipeline.from_pretrained("nano").check(processing_resolution=0)
+    assert "trained on 1.33:1 alone, at most 128 pixels" in caplog.text
 
 
 def scores(source, protocol, num_images):

@@ -77,6 +77,20 @@ def test_prediction_has_the_pictures_size_and_ignores_batching(saved):
     assert inner.shape == (1, 33, 48, 1)
 
 
+def test_a_shape_is_compiled_once_and_the_compilers_memory_is_given_back_before_it_runs(
+    monkeypatch, caplog
+):
+    model = small_model(processing_resolution=40)
+    pipe = d3epth_jax.DepthPipeline(model, init_params(model, 0))
+    given = []
+    monkeypatch.setattr("d3epth_jax.memory.give_back", lambda: given.append(1))
+    with jax.log_compiles(), caplog.at_level(logging.WARNING):
+        for _ in range(2):
+            pipe(scenes(1)["image"])
+    compiled = [r for r in caplog.records if "Finished XLA compilation of jit(<lambda>" in r.msg]
+    assert len(compiled) == len(given) == 2  # encoder; UNet and decoder
+
+
 def test_model_of_one_aspect_sees_stretched_pictures(tmp_path):
     model = small_model(processing_resolution=48, processing_aspect=1.5)
     hub.save_model(tmp_path, model, init_params(model, 0))

@@ -66,7 +66,7 @@ def one_box(distance, yaw=0.0, shape="box", half=(50.0, 50.0, 1.0), height=60.0)
     return scene._replace(
         eye=jnp.array([0.0, height, 0.0]),
         axes=jnp.eye(3),
-        tan_half_fov=jnp.float32(1.0),
+        tan_half_fov=jnp.ones(2),
         outdoor=jnp.bool_(True),
         centre=jnp.tile(jnp.array([0.0, -1e3, 0.0]), (count, 1))
         .at[5]
@@ -85,6 +85,18 @@ def one_box(distance, yaw=0.0, shape="box", half=(50.0, 50.0, 1.0), height=60.0)
 
 pictured = jax.jit(functools.partial(render_scene, height=HEIGHT, width=WIDTH))
 COLUMN = (np.arange(WIDTH) + 0.5) / WIDTH * 2 - 1  # x / z of a pixel where tan(fov / 2) = 1
+
+
+def test_pixels_need_not_be_square():
+    square = one_box(8.0, half=(2.1, 2.1, 1.0))  # its front is 7 away, the rest is sky
+    squeezed = square._replace(tan_half_fov=jnp.array([1.0, 0.5]))
+    seen = [np.isclose(pictured(scene)["depth"][..., 0], 7) for scene in (square, squeezed)]
+    assert [(x.any(1).sum(), x.any(0).sum()) for x in seen] == [(10, 10), (20, 10)]
+
+
+def test_scenes_of_another_version_are_refused():
+    with pytest.raises(ValueError, match="version 1 are asked for"):
+        procedural.ProceduralSource(0, 8, 8, 1, version=1)
 
 
 def test_depth_is_z_depth_not_ray_length():

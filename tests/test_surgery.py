@@ -161,3 +161,9 @@ def test_autoencoders_of_other_cells_are_refused():
     )
     with pytest.raises(ValueError, match="3 stages, so cells of 4 pixels; 4 stages"):
         surgery.prune_tiny_autoencoder(three, {}, presets.TAESD)
+
+
+def test_channels_are_not_pruned():
+    narrow = dataclasses.replace(presets.TAESD, encoder_block_out_channels=(32,) * 4)
+    with pytest.raises(ValueError, match="channels not"):
+        surgery.prune_tiny_autoencoder(presets.TAESD, {}, narrow)

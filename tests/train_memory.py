@@ -3,7 +3,7 @@
 The full-size program is compiled for shapes alone, without weights or data; WIDTH 0.25 makes every
 network a quarter as wide. The bytes of arguments are exact anywhere. Those of temporaries are this
 machine's compiler's: on a CPU XLA computes bfloat16 convolutions in float32, so with copies, and
-plans buffers otherwise than on a GPU; there it is less.
+plans buffers otherwise than on a GPU.
 """
 
 import dataclasses

@@ -8,12 +8,13 @@ real pictures; `comparisons` says which are compared, paired by seed. Writes abl
 anew after every arm; interrupted, it goes on where it was.
 
 1. The full model (D^2). All arms start from one base of their seed, from scratch with the SSI loss
-   alone: what pretrained weights are elsewhere. They go on with the loss that the arm names and no
-   other, as configs/d2.py: what scratch needs beside it, a range and a sign, is there by then.
+   and what scratch needs beside it, a range and a sign: what pretrained weights are elsewhere. They
+   go on with the loss that the arm names and no other, as configs/d2.py. DWA also divides each loss
+   by its mean so far (METHOD 5): an arm with that alone tells the two apart.
 2. The student (D^3), of the teacher that comes with the package: either stage alone against both,
    with as many steps, and with as many MACs. Stage 2 alone starts as stage 1 does, a random UNet
    with blocks of the teacher's encoder and decoder. Stage 1 never trains the decoder, and the
-   student's lacks blocks: it is also read by the teacher's whole one.
+   student's lacks blocks: it is also read by the teacher's whole one, always so at equal MACs.
 3. Single choices, of the first seed alone: nothing is claimed of them.
 
 --config.teacher=DIR distils another teacher; --config.seeds, --config.batch_size,
@@ -28,11 +29,13 @@ from configs.nano import train as nano
 FILES = common.PROCEDURAL_TEST + 2  # seed of the rendered scenes that are written to files
 AFTER = 500  # added to the scenes' seed of what goes on from another arm: it sees new ones
 
+WINDOW = 50  # steps of DWA's: its weights move after two of them
+
 COMPARISONS = (  # (arm, the one that it is held against)
-    ("full_ssi", "full_base"),
     ("full_static", "full_ssi"),
     ("full_dwa", "full_ssi"),
     ("full_dwa", "full_static"),
+    ("full_dwa", "full_normalized"),
     ("both", "stage1"),
     ("both", "stage1_decoder"),
     ("both", "stage2"),
@@ -65,6 +68,7 @@ def get_config(argument: str | None = None) -> ConfigDict:
         }
     )
     config.evaluations.real.eval.source.path = config.get_ref("real")
+    config.evaluations.real.eval.processing_resolution = -1  # the models' own
     # Read by the arms `online` and `cached`; a cache needs pictures that come again.
     config.files = nano.scenes(FILES, 32 if tiny else 4096)
     arms = full_arms(config, tiny) | student_arms(config, tiny) | single_arms(config, tiny)
@@ -97,7 +101,7 @@ def train(config: ConfigDict, job: ConfigDict, steps: str, half: bool = False) -
     count = config.steps.get_ref(steps)
     job.train.steps = count // 2 if half else count
     job.data.batch_size = config.get_ref("batch_size")
-    job.eval.every = count
+    job.eval.every = (job.train.get_ref("steps") + 3) // 4  # a learning curve
     for part in (job.teacher, job.autoencoder):
         if part.path:
             part.path = config.get_ref("teacher")
@@ -126,14 +130,17 @@ def full_arms(config: ConfigDict, tiny: bool) -> dict[str, ConfigDict]:
         job.loss.beta.update(edge=edge, range=0.0)
         job.loss.options.upright = False
         job.weighting.name = weighting
-        job.schedule.learning_rate = nano.stage2().schedule.learning_rate
+        job.weighting.dwa.window = WINDOW
         return job
 
     edge = nano.teacher().loss.beta.edge
+    normalized = further(edge, "dwa")
+    normalized.weighting.dwa.ratio_clip = (1.0, 1.0)
     return {
         "full_base": arm("D^2, base", base()),
         "full_ssi": arm("D^2, SSI", further(0.0, "static"), after="full_base"),
         "full_static": arm("D^2, SSI + edge", further(edge, "static"), after="full_base"),
+        "full_normalized": arm("D^2, SSI + edge, normalised", normalized, after="full_base"),
         "full_dwa": arm("D^2, SSI + edge, DWA", further(edge, "dwa"), after="full_base"),
     }
 
@@ -144,7 +151,6 @@ def stage2_alone(config: ConfigDict, tiny: bool, *, scratch: bool = False) -> Co
     job.init, job.model = "", first.model
     if not scratch:
         job.autoencoder = first.autoencoder
-    job.schedule.learning_rate = nano.teacher().schedule.learning_rate
     job.loss.options.upright = True  # the sign is open
     return train(config, job, "student")
 
@@ -153,15 +159,22 @@ def student_arms(config: ConfigDict, tiny: bool) -> dict[str, ConfigDict]:
     def stage1(half: bool = False) -> ConfigDict:
         return train(config, nano.stage1(tiny), "student", half)
 
-    whole_decoder = stage1()
-    whole_decoder.model.decoder = "teacher"
+    def whole_decoder() -> ConfigDict:
+        job = stage1()
+        job.model.decoder = "teacher"
+        return job
+
     return {
         "stage1_half": arm("D^3, stage 1, half of the steps", stage1(half=True)),
         "both": arm("D^3, both stages", refinement(config, tiny), after="stage1_half"),
         "stage1": arm("D^3, stage 1 only", stage1()),
-        "stage1_decoder": arm("D^3, stage 1 only, teacher's whole decoder", whole_decoder),
+        "stage1_decoder": arm("D^3, stage 1 only, teacher's whole decoder", whole_decoder()),
         "stage2": arm("D^3, stage 2 only", stage2_alone(config, tiny)),
-        "stage1_macs": arm("D^3, stage 1 only, equal MACs", stage1(), macs_of="both"),
+        "stage1_macs": arm(
+            "D^3, stage 1 only, teacher's whole decoder, equal MACs",
+            whole_decoder(),
+            macs_of="both",
+        ),
         "stage2_macs": arm(
             "D^3, stage 2 only, equal MACs", stage2_alone(config, tiny), macs_of="both"
         ),

@@ -49,7 +49,14 @@ def _chunked(q, k, v, mask):
         return jnp.moveaxis(x.reshape(*x.shape[:-2], chunks, size, x.shape[-1]), -3, 0)
 
     parts = (split(q),) if mask is None else (split(q), split(mask))
-    out = jax.lax.map(lambda part: _attend(part[0], k, v, *part[1:]), parts)
+    # The map's gradient adds up what k and v get from every chunk, in the type that it is given:
+    # sums of a hundred in bfloat16 would be off by several percent.
+    wide, dtype = [x.astype(jnp.float32) for x in (k, v)], k.dtype
+
+    def attend(part):
+        return _attend(part[0], *(x.astype(dtype) for x in wide), *part[1:])
+
+    out = jax.lax.map(attend, parts)
     # [chunks, B, heads, size, D] -> [B, N, heads, D]
     out = jnp.transpose(out, (1, 0, 3, 2, 4)).reshape(batch, chunks * size, heads, depth)
     return out[:, :queries]

@@ -44,7 +44,7 @@ def conv(
 
 
 # XLA's convolutions on a CPU rearrange the kernel at each call, which is most of their time where
-# a wide kernel meets a small map: there the product with all patches takes 0.3 to 0.9 of it.
+# a wide kernel meets a small map: there the product with all patches is faster.
 PATCHES_MAX_CELLS, PATCHES_MIN_CHANNELS = 512, 1024
 
 
@@ -141,14 +141,17 @@ class PhaseConv(nn.Module):
     def __call__(self, x, size):
         _, height, width, channels = x.shape
         shape = (2, 2, 2, 2, channels, self.features)
-        kernel = self.param("kernel", ABSENT, shape).astype(self.dtype)
+        kernel = self.param("kernel", ABSENT, shape)
         x = x.astype(self.dtype)
         bias = 0
         if self.use_bias:
             bias = self.param("bias", ABSENT, (self.features,)).astype(self.dtype)
         if size != (2 * height, 2 * width):
             x = upsample_nearest(x, size)
-            return convolve(x, whole_kernel(kernel), (1, 1), ((1, 1), (1, 1))) + bias
+            # In float32: differences of rounded sums would be rounded worse than the kernel.
+            kernel = whole_kernel(kernel.astype(jnp.float32)).astype(self.dtype)
+            return convolve(x, kernel, (1, 1), ((1, 1), (1, 1))) + bias
+        kernel = kernel.astype(self.dtype)
         return _weave(
             [
                 [convolve(x, kernel[a, b], (1, 1), ((1 - a, a), (1 - b, b))) + bias for b in (0, 1)]
@@ -157,8 +160,9 @@ class PhaseConv(nn.Module):
         )
 
 
-# A map of so many elements is woven row by row on a CPU: of a stack, XLA keeps a copy for each
-# layer that reads it, and the largest maps of a decoder are where its memory peaks.
+# A picture's map of so many elements is woven row by row on a CPU: of a stack, XLA keeps a copy
+# for each layer that reads it, and the largest maps of a decoder are where its memory peaks. Not
+# of a batch, which may lie on several devices: a loop over rows would gather it on each.
 WEAVE_ROWS_MIN = 2**25
 
 
@@ -169,8 +173,9 @@ def _weave(phases):
     def weave(phases, axis):
         return jnp.stack([jnp.stack(row, axis + 1) for row in phases], axis)
 
-    if jax.default_backend() == "cpu" and 4 * phases[0][0].size >= WEAVE_ROWS_MIN:
-        rows = jax.tree.map(lambda x: x.reshape(-1, width, channels), phases)
+    large = batch == 1 and 4 * phases[0][0].size >= WEAVE_ROWS_MIN
+    if large and jax.default_backend() == "cpu":
+        rows = jax.tree.map(lambda x: x[0], phases)
         y = jax.lax.map(lambda phases: weave(phases, 0), rows)
     else:
         y = weave(phases, 2)

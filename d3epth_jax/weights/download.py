@@ -20,6 +20,11 @@ _PACKAGE = pathlib.Path(__file__).parents[1]
 BUNDLED = {"nano": _PACKAGE / "nano/student", "nano-teacher": _PACKAGE / "nano/teacher"}
 
 
+def bundled(name: str | os.PathLike) -> pathlib.Path | None:
+    """The folder of a model that comes with the package; None if a directory is called so."""
+    return None if pathlib.Path(name).is_dir() else BUNDLED.get(str(name))
+
+
 def locate(
     path_or_hub_id: str | os.PathLike,
     *,
@@ -41,8 +46,8 @@ def locate(
     directory = pathlib.Path(path_or_hub_id)
     if not directory.is_dir():
         name = str(path_or_hub_id)
-        if name in BUNDLED:
-            return BUNDLED[name] / (subfolder or "")
+        if ours := bundled(name):
+            return ours / (subfolder or "")
         if not is_hub_id(name):
             raise FileNotFoundError(
                 f"{name} is no directory, no hub id OWNER/NAME, and none of {sorted(BUNDLED)},"

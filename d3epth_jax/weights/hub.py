@@ -189,7 +189,7 @@ def digest(path_or_hub_id: str | os.PathLike, revision: str | None = None) -> st
 
     Of a run's workdir it is the newest checkpoint's step. "" for what is not there.
     """
-    path = pathlib.Path(path_or_hub_id)
+    path = download.bundled(path_or_hub_id) or pathlib.Path(path_or_hub_id)
     if not path.is_dir():
         try:
             return download.commit(locate(path_or_hub_id, revision=revision, local_files_only=True))
@@ -296,6 +296,8 @@ def _origin(path_or_hub_id, directory: pathlib.Path) -> str:
     """What a model says it was made from: OWNER/NAME@COMMIT, or a folder's name without its path,
     which is nobody's business."""
     name = str(path_or_hub_id)
+    if download.bundled(name):
+        return name
     if pathlib.Path(name).is_dir() or not download.is_hub_id(name):
         return directory.resolve().name
     commit = download.commit(directory)

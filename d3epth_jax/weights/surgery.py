@@ -145,7 +145,8 @@ def prune_tiny_autoencoder(
 ) -> tuple[TinyAutoencoderConfig, Params]:
     """A tiny autoencoder {encoder, decoder} with no more blocks at any stage than `like` has.
 
-    Of a stage's blocks the first stay. Raises ValueError if the two have not as many stages.
+    Of a stage's blocks the first stay. Raises ValueError if the two have not as many stages, or
+    have others widths.
     """
     fields = ("num_encoder_blocks", "num_decoder_blocks")
     stages = [len(c.num_encoder_blocks) for c in (config, like)]
@@ -153,6 +154,14 @@ def prune_tiny_autoencoder(
         raise ValueError(
             f"the autoencoder has {stages[0]} stages, so cells of {config.downsampling} pixels;"
             f" {stages[1]} stages with cells of {like.downsampling} are wanted"
+        )
+    widths = [
+        (c.encoder_block_out_channels[0], c.decoder_block_out_channels[0]) for c in (config, like)
+    ]
+    if widths[0] != widths[1]:
+        raise ValueError(
+            f"the autoencoder is {widths[0]} channels wide (encoder, decoder), {widths[1]} are"
+            " wanted: blocks can be left out, channels not"
         )
     fewer = {name: tuple(map(min, getattr(config, name), getattr(like, name))) for name in fields}
     pruned = dataclasses.replace(config, **fewer)

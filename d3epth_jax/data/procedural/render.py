@@ -81,10 +81,10 @@ def shade(scene: Scene, surface, blend, direction, ray):
 
 def render_scene(scene: Scene, height: int, width: int):
     """Image uint8 [H, W, 3], depth float32 [H, W, 1] in metres along the optical axis, mask."""
-    pixel = 2 * scene.tan_half_fov / width
+    across, down = 2 * scene.tan_half_fov / width
     row = jax.lax.broadcasted_iota(jnp.float32, (height, width), 0)
     column = jax.lax.broadcasted_iota(jnp.float32, (height, width), 1)
-    x, y = pixel * (column - (width - 1) / 2), pixel * ((height - 1) / 2 - row)
+    x, y = across * (column - (width - 1) / 2), down * ((height - 1) / 2 - row)
     # The forward component is 1, so a ray's parameter is the z-depth.
     direction = [x * right + y * up + forward for right, up, forward in scene.axes.T]
     light = scene.light
@@ -94,7 +94,7 @@ def render_scene(scene: Scene, height: int, width: int):
 
     ray = jnp.sqrt(sum(d * d for d in direction))
     facing = jnp.abs(sum(n * d for n, d in zip(surface.normal, direction, strict=True))) / ray
-    footprint = pixel * surface.depth / jnp.sqrt(facing + 0.02)
+    footprint = jnp.maximum(across, down) * surface.depth / jnp.sqrt(facing + 0.02)
     texture_seed = light.seed + surface.number.astype(jnp.uint32) * jnp.uint32(7919)
     blend = appearance.texture(surface.material, *surface.uv, footprint, texture_seed)
     radiance = shade(scene, surface, blend, direction, ray)

@@ -17,6 +17,8 @@ from d3epth_jax.data.procedural.light import Light, make_light
 from d3epth_jax.data.procedural.parts import PARTS, ROLES
 
 NEAR = 0.4  # metres around the camera that parts must leave free
+# Width over height of a pixel, log-uniform: pictures of other shapes come stretched to one shape.
+PIXEL_ASPECT, SQUARE_PIXELS = (0.5, 2.5), 0.4  # and the share of scenes where it is 1
 
 
 class Scene(NamedTuple):
@@ -24,7 +26,7 @@ class Scene(NamedTuple):
 
     eye: Float[Array, "3"]
     axes: Float[Array, "3 3"]  # rows: right, up and forward of the camera
-    tan_half_fov: Float[Array, ""]  # horizontal
+    tan_half_fov: Float[Array, "2"]  # horizontal, and vertical as if pictures were square
     outdoor: Bool[Array, ""]
     centre: Float[Array, "P 3"]
     rotation: Float[Array, "P 3 3"]  # rows: the primitive's axes
@@ -125,6 +127,10 @@ def make_scene(key) -> Scene:
     fov, pitch, yaw, roll = (between(u[1 + i], table["angle"][i]) for i in range(4))
     low, high = table["length"][:, 0], table["length"][:, 1]
     lengths = low * (high / low) ** u[5:11]  # log-uniform
+    aspect = PIXEL_ASPECT[0] * (PIXEL_ASPECT[1] / PIXEL_ASPECT[0]) ** u[12]
+    aspect = jnp.where(u[11] < SQUARE_PIXELS, 1.0, aspect)
+    # The narrower side loses: the layouts' field of view is the largest.
+    squeeze = jnp.minimum(jnp.stack([aspect, 1 / aspect]), 1.0)
     height, *walls, ceiling = lengths
     height = jnp.minimum(height, ceiling - 0.25)
     eye = jnp.stack([jnp.zeros_like(height), height, jnp.zeros_like(height)])
@@ -189,7 +195,7 @@ def make_scene(key) -> Scene:
     return Scene(
         eye=eye,
         axes=axes,
-        tan_half_fov=jnp.tan(fov / 2),
+        tan_half_fov=jnp.tan(fov / 2) * squeeze,
         outdoor=outdoor,
         centre=centre,
         rotation=rotation,

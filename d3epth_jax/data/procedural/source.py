@@ -5,11 +5,20 @@ import numpy as np
 
 from d3epth_jax.data.procedural.render import render
 
+VERSION = 2  # one more whenever a scene comes out differently: 2 has pixels that are not square
+
 
 class ProceduralSource:
-    """`length` scenes of one seed, numbered from 0; nothing is stored or downloaded."""
+    """`length` scenes of one seed, numbered from 0; nothing is stored or downloaded.
 
-    def __init__(self, seed: int, height: int, width: int, length: int):
+    Raises ValueError for another version of the scenes than this package renders.
+    """
+
+    def __init__(self, seed: int, height: int, width: int, length: int, version: int = VERSION):
+        if version != VERSION:
+            raise ValueError(
+                f"scenes of version {version} are asked for, this package renders {VERSION}"
+            )
         self.seed, self.height, self.width, self.length = seed, height, width, length
 
     def __len__(self) -> int:

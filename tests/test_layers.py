@@ -1,0 +1,74 @@
+"""Layers that are written out for speed, against JAX's and Linen's own and against float64."""
+
+import math
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from d3epth_jax.models import layers
+
+TYPES = {jnp.float32: 2e-6, jnp.bfloat16: 2**-8}  # about half a unit in the last place
+
+
+def random(*shape, dtype=jnp.float32, scale=3.0):
+    rng = np.random.default_rng(sum(shape))
+    return jnp.asarray(scale * rng.standard_normal(shape), dtype)
+
+
+@pytest.mark.parametrize("dtype", TYPES)
+def test_gelu_is_exact_also_far_below_zero(dtype):
+    x = jnp.linspace(-4, 4, 401).astype(dtype)
+    exact = np.array([v * 0.5 * math.erfc(-v / math.sqrt(2)) for v in np.asarray(x, np.float64)])
+    got = np.asarray(jax.jit(layers.gelu)(x), np.float64)
+    assert layers.gelu(x).dtype == dtype
+    error = {jnp.float32: 1e-6, jnp.bfloat16: 2**-8}[dtype]
+    np.testing.assert_allclose(got, exact, rtol=error, atol=5e-7)
+
+
+@pytest.mark.parametrize("dtype", TYPES)
+def test_gated_has_the_gradient_of_its_formula(dtype):
+    value, gate, cotangent = (random(5, n, dtype=dtype) for n in (100, 100, 100))
+    gate = gate[::-1]
+
+    def plain(value, gate):
+        return value * jax.nn.gelu(gate, approximate=False)
+
+    wide = [x.astype(jnp.float32) for x in (value, gate)]
+    expected, expected_pullback = jax.vjp(plain, *wide)
+    got, pullback = jax.vjp(layers.gated, value, gate)
+    np.testing.assert_allclose(
+        got.astype(jnp.float32), expected, rtol=4 * TYPES[dtype], atol=TYPES[dtype]
+    )
+    gradients = zip(
+        pullback(cotangent), expected_pullback(cotangent.astype(jnp.float32)), strict=True
+    )
+    for ours, theirs in gradients:
+        assert ours.dtype == dtype
+        np.testing.assert_allclose(
+            ours.astype(jnp.float32), theirs, rtol=2 * TYPES[dtype], atol=TYPES[dtype]
+        )
+
+
+@pytest.mark.parametrize("dtype", TYPES)
+def test_layer_norm_is_linens(dtype):
+    x, cotangent = random(2, 7, 24, dtype=dtype) + 5, random(2, 7, 24, dtype=dtype)
+    params = {"params": {"scale": random(24), "bias": random(24)}}
+    results = []
+    for module in (
+        layers.LayerNorm(dtype),
+        nn.LayerNorm(epsilon=layers.LAYER_NORM_EPS, dtype=dtype, use_fast_variance=False),
+    ):
+        y, pullback = jax.vjp(module.apply, params, x)
+        assert y.dtype == dtype
+        results.append([y, *jax.tree.leaves(pullback(cotangent))])
+    for ours, theirs in zip(*results, strict=True):
+        scale = float(jnp.abs(theirs.astype(jnp.float32)).max())
+        np.testing.assert_allclose(
+            ours.astype(jnp.float32),
+            theirs.astype(jnp.float32),
+            rtol=2 * TYPES[dtype],
+            atol=TYPES[dtype] * scale,
+        )
