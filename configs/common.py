@@ -11,9 +11,11 @@ def procedural(seed: int, length: int, **size: int) -> ConfigDict:
     return ConfigDict(
         {
             "name": "procedural",
-            "version": 2,  # of what is rendered: told apart in what is saved
+            "version": 1,  # of what is rendered: told apart in what is saved
             "seed": seed,
             "length": length,
+            # Width over height of pixels, from to: as other shapes, stretched to this one.
+            "pixel_aspects": (1.0, 1.0),
             **size,
         }
     )

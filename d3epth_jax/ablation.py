@@ -219,7 +219,7 @@ def write_files(settings, folder: pathlib.Path) -> None:
 
     log.info("%d rendered scenes as files: %s", settings.length, folder)
     scenes = NamedScenes(data.make_source(**settings))
-    build.build(scenes, folder, dataset="scenes", origin=dict(settings))
+    build.build(scenes, folder, dataset="scenes", origin=json.loads(settings.to_json()))
 
 
 class NamedScenes:

@@ -4,8 +4,6 @@ import argparse
 import dataclasses
 import importlib.util
 import json
-import subprocess
-import sys
 
 import jax
 import numpy as np
@@ -13,7 +11,7 @@ import pytest
 from PIL import Image
 
 from d3epth_jax import bench, bench_cli, bench_report, cli, macs
-from d3epth_jax.bench_worker import Worker, WorkerError, random_picture
+from d3epth_jax.bench_worker import Worker, WorkerError
 from d3epth_jax.models import presets
 from d3epth_jax.models.config import AutoencoderKLConfig
 from d3epth_jax.models.depth_model import DepthModel, init_params
@@ -373,90 +371,3 @@ def test_broken_files_are_told_not_raised(measured, tmp_path, capsys):
     assert error.value.code == 2
     assert "bench.json cannot be read" in told
     assert "model is not a whole model" in told and "unet/config.json" in told
-
-
-def test_each_measured_turn_follows_one_that_is_not_and_memory_the_pipeline(tmp_path):
-    asked = []
-
-    class FakeWorker:
-        def __init__(self, name):
-            self.name = name
-
-        def ask(self, do, save="", **request):
-            asked.append((self.name, request.get("part", do)))
-            if save:
-                np.save(save, np.ones(3))
-            return {"seconds": float(len(asked)), "variants": ["eager"]}
-
-    np.save(tmp_path / "ours.npy", np.zeros(3))
-    ours, theirs = FakeWorker("ours"), FakeWorker("theirs")
-    job = {"size": [8, 8], "batch": 1, "dtype": "float32", "model": "m"}
-    row = {"steps": 1, "macs": dict.fromkeys(macs.PARTS)}
-    bench_cli._compare(job, arguments(), ours, theirs, tmp_path, "", row)
-    found = row["compare"]["eager"]
-
-    def turns(name):
-        return [("ours", name)] * 2 + [("theirs", name)] * 2
-
-    begin = [("theirs", name) for name in ("open", "prepare", "run")]
-    parts = [turn for part in macs.PARTS for turn in 2 * turns(part)]
-    assert asked == begin + 2 * turns("run") + [("theirs", "memory")] + parts
-    assert found["ours"]["pipeline"] == [5.0, 9.0] and found["theirs"]["pipeline"] == [7.0, 11.0]
-
-
-def test_a_variant_that_fails_leaves_those_measured_before(tmp_path, monkeypatch):
-    class FakeWorker:
-        def ask(self, do, save="", **request):
-            if request.get("variant") == "compiled":
-                raise WorkerError("no compiler")
-            if save:
-                np.save(save, np.ones(3))
-            return {**ROW, "steps": 1, "variants": ["eager", "compiled"], "flops": 1.0} | {
-                "seconds": 1.0
-            }
-
-    monkeypatch.setattr(bench_cli, "_worker", lambda *_: FakeWorker())
-    job = {"size": [8, 8], "batch": 1, "dtype": "float32", "model": "d3_fast"}
-    row = bench_cli._predict(job | {"fold": True, "compared": True}, arguments())
-    assert set(row["compare"]) == {"eager"} and row["error"] == "diffusers: no compiler"
-
-
-def test_diffusers_unet_takes_all_steps_and_memory_begins_when_it_is_prepared(
-    saved, monkeypatch, tmp_path
-):
-    from d3epth_jax import compare_diffusers
-
-    theirs, calls = compare_diffusers.Theirs(), []
-    theirs.open(str(saved[0]), [32, 48], 1, "float32", steps=3)
-    theirs.pipe.unet.register_forward_hook(lambda *_: calls.append("unet"))
-    monkeypatch.setattr(compare_diffusers.memory, "forget_peak", lambda: calls.append("forget"))
-    theirs.prepare("channels_last")
-    np.save(tmp_path / "picture.npy", random_picture((32, 48)))
-    for run in (lambda: theirs.run(str(tmp_path / "picture.npy")), lambda: theirs.part("unet")):
-        assert run()["seconds"] > 0
-    assert calls == ["forget"] + 2 * 3 * ["unet"]
-
-
-def test_pictures_to_compare_with_need_no_jax():
-    code = "from d3epth_jax.bench_worker import random_picture as r; r((8, 8)); import sys"
-    check = f"{code}; print('jax' in sys.modules)"
-    out = subprocess.run([sys.executable, "-c", check], check=True, capture_output=True, text=True)
-    assert out.stdout == "False\n"
-
-
-def test_beside_diffusers_the_same_weights_give_the_same_depth(saved, tmp_path, capsys):
-    directory, _ = saved
-    args = ["bench", str(directory), "--size", "44x64", "--runs", "1", "--compare", "diffusers"]
-    assert cli.main([*args, "--out", str(tmp_path)]) == 0
-    assert "Beside diffusers" in capsys.readouterr().out
-    row = json.loads((tmp_path / "bench.json").read_text())["rows"][0]
-    assert {"eager", "channels_last"} <= set(row["compare"])
-    assert (
-        row["theirs"]["threads"]
-        == json.loads((tmp_path / "bench.json").read_text())["machine"]["cores"]
-    )
-    for found in row["compare"].values():
-        assert found["difference"] < 2e-4 and found["depth_std"] > 0.05
-        for who in ("ours", "theirs"):
-            assert set(found[who]) == {"pipeline", "encoder", "unet", "decoder"}
-            assert all(len(times) == 1 and times[0] > 0 for times in found[who].values())

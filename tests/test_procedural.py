@@ -95,8 +95,14 @@ def test_pixels_need_not_be_square():
 
 
 def test_scenes_of_another_version_are_refused():
-    with pytest.raises(ValueError, match="version 1 are asked for"):
-        procedural.ProceduralSource(0, 8, 8, 1, version=1)
+    with pytest.raises(ValueError, match="version 0 are asked for"):
+        procedural.ProceduralSource(0, 8, 8, 1, version=0)
+
+
+@pytest.mark.parametrize("aspects", [(0.0, 1.0), (2.0, 1.0), (1.0,)])
+def test_pixel_aspects_that_are_none_are_refused(aspects):
+    with pytest.raises(ValueError, match="lower first"):
+        procedural.ProceduralSource(0, 8, 8, 1, pixel_aspects=aspects)
 
 
 def test_depth_is_z_depth_not_ray_length():

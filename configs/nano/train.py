@@ -20,7 +20,7 @@ HEIGHT, WIDTH = 96, 128
 
 def teacher(tiny: bool = False) -> ConfigDict:
     """Also of configs/d2.py:tiny."""
-    config = training("pixel", steps=6000, learning_rate=8e-4, tiny=tiny)
+    config = training("pixel", steps=4000, learning_rate=1e-3, tiny=tiny)
     config.model.preset = "d2_nano"
     config.trainable = ("unet/", "encoder/", "decoder/")
     # No pretrained model says which sign and range depth has.
@@ -30,8 +30,7 @@ def teacher(tiny: bool = False) -> ConfigDict:
 
 
 def stage1(tiny: bool = False) -> ConfigDict:
-    config = training("latent", steps=1500, learning_rate=1e-3, tiny=tiny)
-    config.data.source.seed += 1000  # scenes that the teacher has not seen
+    config = training("latent", steps=2000, learning_rate=1e-3, tiny=tiny)
     config.teacher.path = "{workdir}/teacher/model"
     config.model.preset = "d3_nano"
     config.autoencoder.path = config.teacher.get_ref("path")
@@ -42,8 +41,7 @@ def stage1(tiny: bool = False) -> ConfigDict:
 
 
 def stage2(tiny: bool = False) -> ConfigDict:
-    config = training("pixel", steps=4500, learning_rate=1e-3, tiny=tiny)
-    config.data.source.seed += 2000
+    config = training("pixel", steps=1500, learning_rate=1e-3, tiny=tiny)
     config.init = "{workdir}/stage1/model"
     config.trainable = ("unet/", "encoder/", "decoder/")
     config.loss.beta.range = 0.5
@@ -88,7 +86,7 @@ def training(stage: str, *, steps: int, learning_rate: float, tiny: bool) -> Con
     config.eval.every = 4 if tiny else 500
     config.train.checkpoint_every = 4 if tiny else 500
     config.train.log_every = 2 if tiny else 50
-    config.schedule.update(learning_rate=learning_rate, schedule="cosine", warmup_steps=200)
+    config.schedule.update(learning_rate=learning_rate, schedule="cosine", warmup_steps=100)
     config.weighting.dwa.window = 200
     return config
 

@@ -114,17 +114,31 @@ def render_scene(scene: Scene, height: int, width: int):
     }
 
 
-@functools.partial(jax.jit, static_argnames=("height", "width", "at_once"))
-def render(seed, indices, *, height: int, width: int, at_once: int | None = None):
+@functools.partial(jax.jit, static_argnames=("height", "width", "pixel_aspects", "at_once"))
+def render(
+    seed,
+    indices,
+    *,
+    height: int,
+    width: int,
+    pixel_aspects: tuple[float, float] = (1.0, 1.0),
+    at_once: int | None = None,
+):
     """Scenes by number: {"image" uint8 [B,H,W,3], "depth" float32 [B,H,W,1] m, "mask" [B,H,W,1]}.
 
     Depth is along the optical axis and 0 where the mask is False: sky, and all beyond MAX_DEPTH.
     A scene depends on (seed, index) alone, not on the batch, and its layout not on the resolution:
     bit for bit within one compiled program, up to rounding between programs.
+    `pixel_aspects`: width over height of a scene's pixels, log-uniform between the two but for a
+    share of square ones: as pictures of other shapes that are stretched to this one.
     `at_once` scenes per device are rendered together, group after group: by default few on a CPU,
     which is fastest while it stays within its cache, and many elsewhere.
     """
-    scenes = jax.vmap(lambda i: make_scene(jax.random.fold_in(jax.random.key(seed), i)))(indices)
+
+    def scene(index):
+        return make_scene(jax.random.fold_in(jax.random.key(seed), index), pixel_aspects)
+
+    scenes = jax.vmap(scene)(indices)
     batch = indices.shape[0]
     at_once = at_once or (4 if jax.default_backend() == "cpu" else 64)
     size = math.gcd(batch, at_once * jax.device_count())

@@ -17,8 +17,7 @@ from d3epth_jax.data.procedural.light import Light, make_light
 from d3epth_jax.data.procedural.parts import PARTS, ROLES
 
 NEAR = 0.4  # metres around the camera that parts must leave free
-# Width over height of a pixel, log-uniform: pictures of other shapes come stretched to one shape.
-PIXEL_ASPECT, SQUARE_PIXELS = (0.5, 2.5), 0.4  # and the share of scenes where it is 1
+SQUARE_PIXELS = 0.4  # share of scenes whose pixels are square wherever others are not
 
 
 class Scene(NamedTuple):
@@ -109,8 +108,11 @@ def _place(u, table, thing, extent, half_fov, yaw, walls, ceiling, top):
     return jnp.stack([plan[:, 0], y, plan[:, 1]], -1), turn
 
 
-def make_scene(key) -> Scene:
-    """The scene of one key: a pure function, no pixels involved."""
+def make_scene(key, pixel_aspects: tuple[float, float] = (1.0, 1.0)) -> Scene:
+    """The scene of one key: a pure function, no pixels involved.
+
+    pixel_aspects: width over height of a pixel, log-uniform between the two.
+    """
     table = {k: jnp.asarray(v) for k, v in layouts.tables().items()}
     parts = {k: jnp.asarray(v) for k, v in objects.tables().items()}
     slots, things = table["choice"].shape[1:]
@@ -127,7 +129,8 @@ def make_scene(key) -> Scene:
     fov, pitch, yaw, roll = (between(u[1 + i], table["angle"][i]) for i in range(4))
     low, high = table["length"][:, 0], table["length"][:, 1]
     lengths = low * (high / low) ** u[5:11]  # log-uniform
-    aspect = PIXEL_ASPECT[0] * (PIXEL_ASPECT[1] / PIXEL_ASPECT[0]) ** u[12]
+    narrowest, widest = pixel_aspects
+    aspect = narrowest * (widest / narrowest) ** u[12]
     aspect = jnp.where(u[11] < SQUARE_PIXELS, 1.0, aspect)
     # The narrower side loses: the layouts' field of view is the largest.
     squeeze = jnp.minimum(jnp.stack([aspect, 1 / aspect]), 1.0)

@@ -5,21 +5,33 @@ import numpy as np
 
 from d3epth_jax.data.procedural.render import render
 
-VERSION = 2  # one more whenever a scene comes out differently: 2 has pixels that are not square
+VERSION = 1  # one more whenever a scene of the same settings comes out differently
 
 
 class ProceduralSource:
     """`length` scenes of one seed, numbered from 0; nothing is stored or downloaded.
 
-    Raises ValueError for another version of the scenes than this package renders.
+    pixel_aspects: range of a pixel's width over height (`render`). Raises ValueError for one that
+    is none, and for another version of the scenes than this package renders.
     """
 
-    def __init__(self, seed: int, height: int, width: int, length: int, version: int = VERSION):
+    def __init__(
+        self,
+        seed: int,
+        height: int,
+        width: int,
+        length: int,
+        pixel_aspects: tuple[float, float] = (1.0, 1.0),
+        version: int = VERSION,
+    ):
+        if len(pixel_aspects) != 2 or not 0 < pixel_aspects[0] <= pixel_aspects[1]:
+            raise ValueError(f"pixel_aspects {pixel_aspects}: two positive numbers, lower first")
         if version != VERSION:
             raise ValueError(
                 f"scenes of version {version} are asked for, this package renders {VERSION}"
             )
         self.seed, self.height, self.width, self.length = seed, height, width, length
+        self.pixel_aspects = tuple(pixel_aspects)
 
     def __len__(self) -> int:
         return self.length
@@ -33,4 +45,10 @@ class ProceduralSource:
     def batch(self, indices):
         """Scenes [B] at once, as jax arrays on the device: much faster than one by one."""
         indices = jnp.asarray(indices, jnp.int32)
-        return render(self.seed, indices, height=self.height, width=self.width)
+        return render(
+            self.seed,
+            indices,
+            height=self.height,
+            width=self.width,
+            pixel_aspects=self.pixel_aspects,
+        )
