@@ -69,5 +69,5 @@ def get_config(argument: str | None = None) -> ConfigDict:
     config.jobs = ("stage1", "stage2", "evaluation")
     for job in (stage1, stage2, evaluation):
         config[job.__name__] = job(tiny)
-    config.evaluation.models.teacher = config.stage1.teacher.get_ref("path")
+    config.evaluation.models.teacher = config.stage1.teacher.get_oneway_ref("path")
     return config

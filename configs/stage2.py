@@ -36,7 +36,8 @@ def get_config(argument: str | None = None) -> ConfigDict:
         config.workdir = "runs/stage2_tiny"
         config.init = "runs/stage1_tiny/model"
         config.init_config = stage1.get_config("tiny")  # trained first where it is absent
-        config.teacher.path = config.init_config.teacher.get_ref("path")
+        config.teacher.path = quickstart.TEACHER
+        config.init_config.teacher.path = config.teacher.get_oneway_ref("path")
         config.loss.beta.teacher = 0.1
         config.train.steps = config.eval.every = config.train.checkpoint_every = 200
         return config

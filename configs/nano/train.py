@@ -33,7 +33,7 @@ def stage1(tiny: bool = False) -> ConfigDict:
     config = training("latent", steps=2000, learning_rate=1e-3, tiny=tiny)
     config.teacher.path = "{workdir}/teacher/model"
     config.model.preset = "d3_nano"
-    config.autoencoder.path = config.teacher.get_ref("path")
+    config.autoencoder.path = config.teacher.get_oneway_ref("path")
     config.trainable = ("unet/", "encoder/")
     # A teacher from scratch never saw a depth map at its encoder's input: no `gt` term.
     config.loss.beta.gt = 0.0
