@@ -216,9 +216,8 @@ def curves(workdir: pathlib.Path) -> np.ndarray:
         return {name: tuple(zip(*found, strict=True)) for name, found in points.items()}
 
     losses = gallery.line_plot(series("train/loss/"), "losses, training", "step", "loss", logy=True)
-    scores = gallery.line_plot(
-        {"AbsRel": series("eval/")["abs_rel"]}, "AbsRel, validation", "step", "AbsRel"
-    )
+    validated = {"AbsRel": line for line in series("eval/abs_rel").values()}
+    scores = gallery.line_plot(validated, "AbsRel, validation", "step", "AbsRel")
     return np.concatenate([losses, scores])
 
 

@@ -247,6 +247,7 @@ def test_frozen_parts_and_teacher_are_bit_identical_after_training(pairs, tmp_pa
     config = on_pairs(quickstart.stage1(tiny=True), pairs, steps=3)
     with_teachers_autoencoder(config, teacher)
     student = train.run(config, tmp_path / "student")
+    assert (tmp_path / "student/curves.png").is_file()
     assert weights(teacher) == before
     assert (
         weights(student)["vae/" + f"{hub.STEM}.safetensors"]
