@@ -216,8 +216,7 @@ def curves(workdir: pathlib.Path) -> np.ndarray:
         return {name: tuple(zip(*found, strict=True)) for name, found in points.items()}
 
     losses = gallery.line_plot(series("train/loss/"), "losses, training", "step", "loss", logy=True)
-    validated = {"AbsRel": line for line in series("eval/abs_rel").values()}
-    scores = gallery.line_plot(validated, "AbsRel, validation", "step", "AbsRel")
+    scores = gallery.line_plot(series("eval/abs_"), "AbsRel, validation", "step", "AbsRel")
     return np.concatenate([losses, scores])
 
 
