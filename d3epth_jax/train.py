@@ -205,19 +205,19 @@ def score(config, model, params, source, mesh, writer: MetricWriter, step: int) 
 def curves(workdir: pathlib.Path) -> np.ndarray:
     """Every loss, and AbsRel on the validation set, over a run's steps so far: uint8 [H,W,3]."""
     rows = read_metrics(workdir / "metrics.jsonl")
-    names = dict.fromkeys(name for row in rows for name in row)
-
-    def series(prefix: str) -> dict[str, tuple]:
-        points = {
-            name.removeprefix(prefix): [(row["step"], row[name]) for row in rows if name in row]
-            for name in names
-            if name.startswith(prefix)
-        }
-        return {name: tuple(zip(*found, strict=True)) for name, found in points.items()}
-
-    losses = gallery.line_plot(series("train/loss/"), "losses, training", "step", "loss", logy=True)
-    scores = gallery.line_plot(series("eval/abs_"), "AbsRel, validation", "step", "AbsRel")
-    return np.concatenate([losses, scores])
+    lines = {
+        name: tuple(zip(*((row["step"], row[name]) for row in rows if name in row), strict=True))
+        for name in dict.fromkeys(name for row in rows for name in row)
+    }
+    prefix, score = "train/loss/", "eval/abs_rel"
+    losses = {name.removeprefix(prefix): lines[name] for name in lines if name.startswith(prefix)}
+    scores = {"AbsRel": lines[score]} if score in lines else {}
+    return np.concatenate(
+        [
+            gallery.line_plot(losses, "losses, training", "step", "loss", logy=True),
+            gallery.line_plot(scores, "AbsRel, validation", "step", "AbsRel"),
+        ]
+    )
 
 
 def tell_scores(stage: str, workdir: pathlib.Path) -> None:

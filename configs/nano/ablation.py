@@ -1,6 +1,6 @@
 """The ablation: what the pixel losses, the two stages and single choices do (METHOD 5, 7, 8).
 
-    python -m d3epth_jax.main --config=configs/nano/ablation.py       # two hours on 2 CPU cores
+    python -m d3epth_jax.main --config=configs/nano/ablation.py       # hours on 2 CPU cores
     python -m d3epth_jax.main --config=configs/nano/ablation.py:tiny  # does it run at all?
 
 Every arm is a training with a seed, evaluated on held-out scenes and, with --config.real=DIR, on

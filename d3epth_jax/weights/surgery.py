@@ -146,7 +146,7 @@ def prune_tiny_autoencoder(
     """A tiny autoencoder {encoder, decoder} with no more blocks at any stage than `like` has.
 
     Of a stage's blocks the first stay. Raises ValueError if the two have not as many stages, or
-    have others widths.
+    have other widths.
     """
     fields = ("num_encoder_blocks", "num_decoder_blocks")
     stages = [len(c.num_encoder_blocks) for c in (config, like)]
