@@ -1,3 +1,5 @@
+import types
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -123,19 +125,21 @@ def test_no_more_logits_are_kept_for_the_backward_pass():
 
 
 @pytest.mark.parametrize(
-    ("backend", "dtype", "depth", "masked", "fused"),
+    ("capability", "dtype", "depth", "masked", "fused"),
     [
-        ("gpu", jnp.bfloat16, 64, False, True),
-        ("gpu", jnp.bfloat16, 128, False, True),
-        ("gpu", jnp.bfloat16, 136, False, False),
-        ("gpu", jnp.bfloat16, 60, False, False),  # cudnn takes multiples of 8
-        ("gpu", jnp.float32, 64, False, False),
-        ("gpu", jnp.bfloat16, 64, True, False),
-        ("cpu", jnp.bfloat16, 64, False, False),
+        ("8.0", jnp.bfloat16, 64, False, True),
+        ("12.0", jnp.bfloat16, 128, False, True),
+        ("9.0", jnp.bfloat16, 136, False, False),
+        ("9.0", jnp.bfloat16, 60, False, False),  # cudnn takes multiples of 8
+        ("9.0", jnp.float32, 64, False, False),
+        ("9.0", jnp.bfloat16, 64, True, False),
+        ("7.5", jnp.bfloat16, 64, False, False),  # as Colab's T4
+        ("gfx90a", jnp.bfloat16, 64, False, False),  # AMD's
+        (None, jnp.bfloat16, 64, False, False),  # no GPU
     ],
 )
 def test_the_fused_kernel_is_chosen_where_it_can_be(
-    monkeypatch, backend, dtype, depth, masked, fused
+    monkeypatch, capability, dtype, depth, masked, fused
 ):
     seen = []
 
@@ -143,7 +147,9 @@ def test_the_fused_kernel_is_chosen_where_it_can_be(
         seen.append(implementation)
         return q
 
-    monkeypatch.setattr(jax, "default_backend", lambda: backend)
+    device = types.SimpleNamespace(compute_capability=capability)
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu" if capability else "cpu")
+    monkeypatch.setattr(jax, "devices", lambda: [device])
     monkeypatch.setattr(jax.nn, "dot_product_attention", kernel)
     q = jax.ShapeDtypeStruct((1, 4, 2, depth), dtype)
     mask = np.ones((4, 4), bool) if masked else None

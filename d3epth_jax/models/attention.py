@@ -22,7 +22,7 @@ def attention(
       fused kernel of an NVIDIA GPU, for 16-bit types; None: cudnn where it can be, else chunked.
     """
     if implementation is None:
-        fused = jax.default_backend() == "gpu" and q.dtype.itemsize == 2 and mask is None
+        fused = _device_has_cudnn_attention() and q.dtype.itemsize == 2 and mask is None
         fits = q.shape[-1] <= 128 and q.shape[-1] % 8 == 0
         implementation = "cudnn" if fused and fits else "chunked"
     if implementation == "cudnn":
@@ -30,6 +30,14 @@ def attention(
     if implementation != "chunked":
         raise ValueError(f"unknown attention {implementation!r}: choose chunked or cudnn")
     return _chunked(q, k, v, mask)
+
+
+def _device_has_cudnn_attention() -> bool:
+    """Whether it is an NVIDIA GPU of Ampere's generation or later: a T4 has no such kernel."""
+    if jax.default_backend() != "gpu":
+        return False
+    capability = getattr(jax.devices()[0], "compute_capability", "")  # "7.5"; AMD: "gfx90a"
+    return capability[:1].isdigit() and float(capability) >= 8
 
 
 def _chunked(q, k, v, mask):
