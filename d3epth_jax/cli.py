@@ -344,10 +344,11 @@ def _write(picture: Picture, out, number: int, color_map: str) -> None:
     from d3epth_jax import image
 
     prediction = out.prediction[number]
-    far = prediction if out.prediction_type == "depth" else 1 - prediction  # disparities fall
     _save_npy(picture.file(".npy"), prediction[..., 0])
     image.save_png(picture.file("_depth.png"), image.export_depth_to_16bit_png(prediction))
-    image.save_png(picture.file("_color.png"), image.visualize_depth(far, color_map=color_map))
+    image.save_png(
+        picture.file("_color.png"), image.visualize_depth(out.far[number], color_map=color_map)
+    )
     if out.uncertainty is not None:
         _save_npy(picture.file("_uncertainty.npy"), out.uncertainty[number, ..., 0])
 

@@ -39,6 +39,11 @@ class DepthOutput:
     uncertainty: np.ndarray | None = None
     latent: np.ndarray | None = None
 
+    @property
+    def far(self) -> np.ndarray:
+        """The prediction turned so that it grows with distance: float32 [N,H,W,1], to look at."""
+        return self.prediction if self.prediction_type == "depth" else 1 - self.prediction
+
 
 class DepthPipeline:
     """Predicts depth: `DepthPipeline.from_pretrained(path_or_hub_id)("photo.jpg").prediction`."""

@@ -16,7 +16,7 @@ def main(out: str, photos: list[str]) -> None:
     pipes = [DepthPipeline.from_pretrained(name) for name in MODELS.values()]
 
     def row(picture):
-        maps = [pipe(picture).prediction[0] for pipe in pipes]
+        maps = [pipe(picture).far[0] for pipe in pipes]
         return [picture] + [gallery.depth_cell(d, *np.quantile(d, (0.02, 0.98))) for d in maps]
 
     rows = [row(image.load(photo)) for photo in photos]
