@@ -4,7 +4,7 @@ All are called as predict(pictures uint8 [N,H,W,3], their samples' names) -> [N,
 """
 
 import itertools
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +24,11 @@ def ramp(images: np.ndarray, names: Sequence[str] = ()) -> np.ndarray:
     n, height, width, _ = images.shape
     column = 1 - np.arange(height, dtype=np.float32) / height
     return np.broadcast_to(column[None, :, None, None], (n, height, width, 1)).copy()
+
+
+def falling(predict: Callable) -> Callable:
+    """Such a predictor of depth as one of disparity, which falls with distance."""
+    return lambda images, names=(): 1 - predict(images, names)
 
 
 class MeanMap:

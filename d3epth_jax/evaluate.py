@@ -31,7 +31,8 @@ def run(config, workdir: pathlib.Path) -> None:
     require_models(config)
     source = data.make_source(**config.eval.source)
     predictors = make_predictors(config, source)
-    models = [name for name in predictors if name not in BASELINES]
+    models, predictions = wanted(config)
+    judged = [name for name in predictors if name in models | predictions]
     results = evaluate(
         predictors,
         source,
@@ -42,7 +43,7 @@ def run(config, workdir: pathlib.Path) -> None:
         num_pictures=config.eval.num_pictures,
         pictured=tuple(config.pictured) or None,
         num_worst=config.eval.num_pictures,
-        worst_of=next(iter(models), list(predictors)[-1]),
+        worst_of=next(iter(judged), list(predictors)[-1]),
     )
     results.save(workdir)
     print(f"\n{results.table()}\n", flush=True)
@@ -97,6 +98,8 @@ def require_models(config) -> None:
 def make_predictors(config, source) -> dict[str, Predictor]:
     """The rows of the table: baselines, models, saved predictions, then the shuffled control.
 
+    Baselines also come in every space that something else is aligned in: a fit of disparities
+    weighs distances otherwise, and what a model gains by that alone it did not see in a picture.
     Raises ValueError with all prediction files that are missing or unusable for the source.
     """
     makers = {
@@ -111,13 +114,21 @@ def make_predictors(config, source) -> dict[str, Predictor]:
     }
     models, predictions = wanted(config)
     saved = saved_predictions(predictions, source, config.eval.num_images)
-    predictors = {name: Predictor(makers[name]()) for name in config.baselines}
     protocol = protocol_of(config.eval)
+    of_models = {}
     # A ConfigDict sorts its keys; `order` says which come first in the table.
     for name in sorted(models, key=lambda name: (*config.order, name).index(name)):
         pipeline = DepthPipeline.from_pretrained(models[name])
-        predictors[name] = model_predictor(pipeline, protocol, config.eval.batch_size)
-    predictors |= saved
+        of_models[name] = model_predictor(pipeline, protocol, config.eval.batch_size)
+    judged = of_models | saved
+    spaces = {p.space for p in judged.values()} if not protocol.alignment else set()
+    predictors = {}
+    for name in config.baselines:
+        depth = makers[name]()
+        predictors[name] = Predictor(depth)
+        for space in sorted(spaces - {"depth"}):
+            predictors[f"{name} in {space}"] = Predictor(baselines.falling(depth), space)
+    predictors |= judged
     if config.shuffled:
         own = predictors[config.shuffled]
         predictors[f"{config.shuffled}, pictures shuffled"] = Predictor(

@@ -4,10 +4,12 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from ml_collections import ConfigDict
 
+from configs import eval as eval_config
 from d3epth_jax import baselines, evaluation, image
 from d3epth_jax.data.sources.folder import folder
-from d3epth_jax.evaluate import model_predictor, saved_predictions
+from d3epth_jax.evaluate import make_predictors, model_predictor, saved_predictions
 from d3epth_jax.evaluation import Predictor
 from d3epth_jax.protocols import make_protocol
 from tests.conftest import write_pairs
@@ -196,3 +198,20 @@ def test_a_models_processing_resolution_is_told_and_used(pairs, resolution, told
     assert calls == [
         {"processing_resolution": 768 if resolution < 0 else resolution, "batch_size": 4}
     ]
+
+
+@pytest.mark.parametrize("alignment", [None, "depth"])
+def test_baselines_also_come_in_the_space_that_something_is_aligned_in(pairs, tmp_path, alignment):
+    config = eval_config.get_config()
+    config.models = ConfigDict()
+    config.eval.alignment = alignment
+    saved = saved_as(pairs, tmp_path / "of", lambda d: 1 / np.sqrt(np.maximum(d, 0.4)))
+    config.predictions.other.update(path=saved.path, space="sqrt_disparity")
+    predictors = make_predictors(config, pairs)
+    more = [] if alignment else ["constant in sqrt_disparity", "ramp in sqrt_disparity"]
+    assert sorted(predictors) == sorted(["constant", "ramp", "other", *more])
+    results = evaluation.evaluate(predictors, pairs, num_pictures=0)
+    if not alignment:  # what is lower is nearer: a disparity that grows downwards
+        column = predictors["ramp in sqrt_disparity"].predict(np.zeros((1, 4, 2, 3), np.uint8))[0]
+        np.testing.assert_allclose(column[:, 0, 0], [0, 0.25, 0.5, 0.75])
+        assert results.mean("other") < 1e-4 < results.mean("ramp in sqrt_disparity")
