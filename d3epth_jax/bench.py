@@ -119,7 +119,7 @@ class Ours:
         return {"seconds": timed(self._programs[part])}
 
     def memory(self) -> dict:
-        """The most memory there has been in use since the model was read."""
+        """The most memory in use since the model was read; a GPU's, since the process began."""
         return most_memory()
 
     def matmul(self, dtype: str) -> dict:
@@ -356,4 +356,4 @@ def _shapes(params: Params) -> Params:
 if __name__ == "__main__":
     ours = Ours()
     names = ("open", "count", "run", "part", "memory", "matmul", "pieces", "train")
-    serve({name: getattr(ours, name) for name in names})
+    serve({"device": device, **{name: getattr(ours, name) for name in names}})

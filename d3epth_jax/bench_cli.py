@@ -8,6 +8,7 @@ import argparse
 import contextlib
 import datetime
 import difflib
+import functools
 import importlib.util
 import json
 import os
@@ -75,7 +76,7 @@ def bench(args: argparse.Namespace) -> int:
             before = [row for row in rows if _is_of(row, job)]
             there = [row for row in before if "error" not in row and _is_enough(row, job)]
             _say(f"[{number}/{len(jobs)}] {_name(job)} {'is there' if there else '...'}")
-            now = there[0] if there else _measured(job, args)
+            now = there[0] if there else _measured(job, args) | _when()
             failed |= "error" in now
             rows = [row for row in rows if row not in before] + [now]
             _save(args, rows)
@@ -88,16 +89,42 @@ def bench(args: argparse.Namespace) -> int:
 
 
 def _measured_before(args: argparse.Namespace) -> list[dict]:
-    """What --resume keeps; ValueError if it was measured on another machine."""
-    from d3epth_jax.bench_worker import machine
+    """What --resume keeps; ValueError if it cannot be read or compared with what is measured here.
+
+    A row says which device it was measured on, and with which JAX.
+    """
+    from d3epth_jax.bench_worker import WorkerError, machine
 
     path = args.out and args.out / RESULTS
     if not (args.resume and path.is_file()):
         return []
-    saved = json.loads(path.read_text())
-    if saved["machine"] != machine():
-        raise ValueError(f"it was measured on another machine: {saved['machine']}")
-    return saved["rows"]
+    try:
+        saved = json.loads(path.read_text())
+        rows, keys = saved["rows"], ("device", "platform", "jax")
+        there = [saved["machine"], *({k: row[k] for k in keys if k in row} for row in rows)]
+        here = machine() | _device()
+        other = next((place for place in there if not place.items() <= here.items()), None)
+    except WorkerError as error:
+        raise ValueError(f"no device to compare with: {error}") from error
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path} cannot be read: delete it ({error!r})") from error
+    if other:
+        words = ", ".join(str(value) for value in other.values())
+        raise ValueError(f"{path} was measured on another machine ({words}): give another --out")
+    return rows
+
+
+@functools.cache
+def _device() -> dict:
+    """The device that workers compute on, and their JAX: asked of one, to leave it free here."""
+    with contextlib.ExitStack() as stack:
+        return _worker(stack, "bench", {}).ask("device")
+
+
+def _when() -> dict:
+    """What a row says of its making: files may hold those of several calls."""
+    now = datetime.datetime.now().astimezone().isoformat(timespec="seconds")
+    return {"date": now, "command": " ".join(["d3epth", *sys.argv[1:]])}
 
 
 EXTENT = ("runs", "compared")  # more of them is as good
@@ -167,11 +194,8 @@ def plan(args: argparse.Namespace) -> list[dict]:
         problems.append("--resume goes on with what is in --out: give --out")
     try:
         _measured_before(args)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        problems.append(
-            f"--resume: {args.out / RESULTS} cannot be read: delete it, or leave out --resume"
-            f" ({error!r})"
-        )
+    except ValueError as error:
+        problems.append(f"--resume: {error}")
     if args.out is not None:
         there = next(path for path in (args.out, *args.out.parents) if os.path.lexists(path))
         if not (os.path.isdir(there) and os.access(there, os.W_OK)):
@@ -411,18 +435,20 @@ def _save(args: argparse.Namespace, rows: list[dict]) -> None:
 
     if args.out is None:
         return
-    now = datetime.datetime.now().astimezone().isoformat(timespec="seconds")
     devices = sorted({row["device"] for row in rows if "device" in row})
     host = machine()
-    command = " ".join(["d3epth", *sys.argv[1:]])
-    content = {"date": now, "machine": host, "command": command, "rows": rows}
-    where = f"{now}, {host['cpu']}, {host['cores']} cores; device: {', '.join(devices)}"
-    text = f"`{command}`\n\n{where}\n\n{bench_report.markdown(rows)}"
+    content = {"machine": host, "rows": rows}
+    calls = {row["command"]: row["date"] for row in rows if "command" in row}  # its last
+    text = "".join(f"{date}: `{command}`\n\n" for command, date in calls.items())
+    text += f"{host['cpu']}, {host['cores']} cores; device: {', '.join(devices)}\n\n"
+    text += bench_report.markdown(rows)
     for name, data in ((RESULTS, json.dumps(content, indent=1)), ("bench.md", text)):
         with atomic.replacing(args.out / name) as partial:
             partial.write_text(data)
     chart = bench_report.macs_chart(rows)
-    if chart is not None:
+    if chart is None:  # there may be one of before
+        (args.out / "macs.png").unlink(missing_ok=True)
+    else:
         with atomic.replacing(args.out / "macs.png") as partial:
             chart.save(partial, "png")
 

@@ -14,7 +14,10 @@ def forget_peak() -> None:
 
 
 def peak() -> int:
-    """Most bytes of memory this process has held (resident set), since `forget_peak`."""
+    """Most bytes of memory this process has held (resident set).
+
+    Since `forget_peak` on Linux, elsewhere since it began.
+    """
     with contextlib.suppress(OSError):
         status = pathlib.Path("/proc/self/status").read_text()
         if found := re.search(r"VmHWM:\s*(\d+) kB", status):  # some sandboxes leave it out

@@ -4,6 +4,7 @@ import argparse
 import dataclasses
 import importlib.util
 import json
+import sys
 
 import jax
 import numpy as np
@@ -190,6 +191,7 @@ def measured(monkeypatch):
         return job | result
 
     monkeypatch.setattr(bench_cli, "_measured", measure)
+    monkeypatch.setattr(bench_cli, "_device", bench.device)
     return results
 
 
@@ -201,7 +203,7 @@ ROW = {
     "parts": {"encoder": [0.05], "unet": [0.06], "decoder": [0.07]},
     "memory": {"bytes": 2**30, "kind": "resident set of the process"},
     "matmul": 160e9,
-    "device": "cpu",
+    **bench.device(),
 }
 
 
@@ -328,10 +330,35 @@ def test_resume_does_not_mix_machines(measured, tmp_path, capsys):
     args = ["bench", "d3_fast", "--out", str(tmp_path), "--resume"]
     assert cli.main(args) == 0
     path = tmp_path / "bench.json"
-    path.write_text(path.read_text().replace('"cores": ', '"cores": 9'))
-    with pytest.raises(SystemExit):
-        cli.main(args)
-    assert "measured on another machine" in capsys.readouterr().err
+    text = path.read_text()
+    for key in ('"cores": ', '"device": "', '"jax": "'):
+        path.write_text(text.replace(key, f"{key}9"))
+        with pytest.raises(SystemExit):
+            cli.main(args)
+        told = capsys.readouterr().err
+        assert "measured on another machine" in told and "cannot be read" not in told
+
+
+def test_workers_tell_their_device():
+    bench_cli._device.cache_clear()
+    assert bench_cli._device() == bench.device()
+
+
+def test_rows_of_several_calls_say_which(measured, tmp_path, monkeypatch):
+    for model in ("d3_fast", "d3_tiny"):
+        args = ["bench", model, "--out", str(tmp_path), "--resume"]
+        monkeypatch.setattr(sys, "argv", ["d3epth", *args])
+        assert cli.main(args) == 0
+    commands = [row["command"] for row in saved_rows(tmp_path)]
+    assert [command.split()[2] for command in commands] == ["d3_fast", "d3_tiny"]
+    assert all(f"`{command}`" in (tmp_path / "bench.md").read_text() for command in commands)
+
+
+def test_no_chart_of_before_stays(measured, tmp_path):
+    out = ["--out", str(tmp_path)]
+    assert cli.main(["bench", "d3_fast", *out]) == 0 and (tmp_path / "macs.png").exists()
+    assert cli.main(["bench", "d3_fast", "--what", "pieces", *out]) == 0
+    assert not (tmp_path / "macs.png").exists()
 
 
 def test_rematerialisation_is_part_of_a_measurement(measured, tmp_path):

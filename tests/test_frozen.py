@@ -48,9 +48,10 @@ def test_a_network_that_trains_in_part_is_not_folded():
     assert test_fold.shapes(folded) == test_fold.shapes(rest)
 
 
+@pytest.mark.parametrize("pieces", [(), ("upsampling",)])
 @pytest.mark.parametrize("autoencoder", ["kl", "tiny"])
-def test_kernels_cast_once_give_the_numbers_of_kernels_cast_at_each_call(autoencoder):
-    model, params = test_fold.make(autoencoder)
+def test_kernels_cast_once_give_the_numbers_of_kernels_cast_at_each_call(autoencoder, pieces):
+    model, params = fold.fold(*test_fold.make(autoencoder), pieces)
     model = dataclasses.replace(model, dtype="bfloat16")
     cast = fold.cast_kernels(model, params)
     flat = keys.flatten(cast)

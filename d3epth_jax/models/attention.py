@@ -15,11 +15,12 @@ def attention(
     *,
     implementation: str | None = None,
 ) -> jax.Array:
-    """Softmax attention, float32 inside: q [B, N, heads, D], k and v [B, M, heads, D] -> as q.
+    """Attention, its softmax in float32: q [B, N, heads, D], k and v [B, M, heads, D] -> as q.
 
     mask: bool [N, M], False where a query must not look; every query sees something.
-    implementation: "chunked" never holds more than `MAX_LOGITS` logits at a time, "cudnn" is the
-      fused kernel of an NVIDIA GPU, for 16-bit types; None: cudnn where it can be, else chunked.
+    implementation: "chunked" holds at most `MAX_LOGITS` logits at a time, or those of one query,
+      "cudnn" is the fused kernel of an NVIDIA GPU, for 16-bit types; None: cudnn where it can be,
+      else chunked.
     """
     if implementation is None:
         fused = _device_has_cudnn_attention() and q.dtype.itemsize == 2 and mask is None
@@ -43,7 +44,7 @@ def _device_has_cudnn_attention() -> bool:
 def _chunked(q, k, v, mask):
     batch, queries, heads, depth = q.shape
     limit = MAX_LOGITS["cpu" if jax.default_backend() == "cpu" else "accelerator"]
-    chunks = min(queries, -(-batch * heads * queries * k.shape[1] // limit))
+    chunks = -(-queries // max(1, limit // (batch * heads * k.shape[1])))
     # Arranged once, for all chunks: [B, heads, N, D], [B, heads, D, M], [B, heads, M, D].
     q = jnp.swapaxes(q, 1, 2) * depth**-0.5
     k, v = jnp.transpose(k, (0, 2, 3, 1)), jnp.swapaxes(v, 1, 2)

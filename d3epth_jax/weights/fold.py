@@ -24,6 +24,7 @@ from d3epth_jax.typing import Params
 from d3epth_jax.weights import keys
 
 Flat = dict[keys.Path, np.ndarray]
+PHASES = 6  # axes of a kernel of convolution.PhaseConv
 
 
 def fold(
@@ -107,12 +108,13 @@ def cast_kernels(model: DepthModel, params: Params) -> Params:
     """Kernels in the model's compute type, to which each call would cast them.
 
     No number that is computed changes: norms, biases, the prompt and the decoder's last
-    convolution, which compute in float32 or cost nothing to cast, stay as they are.
+    convolution, which compute in float32 or cost nothing to cast, stay as they are, and so do the
+    phases of upsampling, which are put together again in float32 where a size is odd.
     """
     flat, kind = keys.flatten(params), jnp.dtype(model.dtype)
     exact = ("prompt",), ("decoder", _last_of_decoder(flat), "kernel")
     cast = {
-        path: x if x.ndim < 2 or path in exact else x.astype(kind, copy=False)
+        path: x if x.ndim in (0, 1, PHASES) or path in exact else x.astype(kind, copy=False)
         for path, x in flat.items()
     }
     return keys.unflatten(cast)
