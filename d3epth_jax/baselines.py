@@ -27,8 +27,11 @@ def ramp(images: np.ndarray, names: Sequence[str] = ()) -> np.ndarray:
 
 
 def falling(predict: Callable) -> Callable:
-    """Such a predictor of depth as one of disparity, which falls with distance."""
-    return lambda images, names=(): 1 - predict(images, names)
+    """Such a predictor of depth in [0, 1] as one of disparity, which falls with distance.
+
+    Above zero everywhere: no disparity is fitted elsewhere.
+    """
+    return lambda images, names=(): 2 - predict(images, names)
 
 
 class MeanMap:

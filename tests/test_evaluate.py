@@ -213,5 +213,6 @@ def test_baselines_also_come_in_the_space_that_something_is_aligned_in(pairs, tm
     results = evaluation.evaluate(predictors, pairs, num_pictures=0)
     if not alignment:  # what is lower is nearer: a disparity that grows downwards
         column = predictors["ramp in sqrt_disparity"].predict(np.zeros((1, 4, 2, 3), np.uint8))[0]
-        np.testing.assert_allclose(column[:, 0, 0], [0, 0.25, 0.5, 0.75])
+        np.testing.assert_allclose(column[:, 0, 0], [1, 1.25, 1.5, 1.75])
         assert results.mean("other") < 1e-4 < results.mean("ramp in sqrt_disparity")
+        assert results.mean("constant in sqrt_disparity") < results.mean("constant")

@@ -17,7 +17,7 @@ from d3epth_jax.models.folding import NOT_FOLDED, Folding
 
 
 class TinyEncoder(nn.Module):
-    """Image [B, H, W, 3] in [-1, 1] -> latent [B, H/8, W/8, C], already scaled.
+    """Image [B, H, W, 3] in [-1, 1] -> latent [B, H/f, W/f, C], already scaled; TAESD has f = 8.
 
     Raises ValueError if H or W is not a multiple of `config.downsampling`.
     """
@@ -45,7 +45,7 @@ class TinyEncoder(nn.Module):
 
 
 class TinyDecoder(nn.Module):
-    """Latent [B, h, w, C] -> image [B, 8h, 8w, 3] in about [-1, 1], float32.
+    """Latent [B, h, w, C] -> image [B, fh, fw, 3] in about [-1, 1], float32; TAESD has f = 8.
 
     The last convolution is float32 in any `dtype`: bfloat16 would leave depth in steps of 1/128.
     Raises ValueError for another latent shape.
