@@ -239,3 +239,17 @@ def test_data_tables():
     assert all(len(thing.parts) <= objects.PARTS for thing in objects.THINGS.values())
     slots = {len(row.slots) for row in layouts.LAYOUTS.values()}
     assert len(slots) == 1 and slots.pop() * objects.PARTS + 6 <= 128  # seven bits of trace()
+
+
+def test_things_stand_on_the_largest_face_of_what_carries_them():
+    carriers = {
+        name
+        for row in layouts.LAYOUTS.values()
+        if any(slot.place == layouts.ON_FIRST for slot in row.slots)
+        for name in row.slots[0].things.split()
+    }
+    tops = dict(zip(objects.THINGS, objects.tables()["top"], strict=True))
+    assert carriers
+    for name in carriers:
+        board = max(objects.THINGS[name].parts, key=lambda part: part.size[0] * part.size[2])
+        assert tops[name] == pytest.approx(board.centre[1] + board.size[1] / 2, abs=0.01), name

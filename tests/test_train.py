@@ -332,7 +332,7 @@ def test_what_cannot_be_learnt_in_the_latent_stage_is_refused(pairs, tmp_path):
     hub.save_model(tmp_path / "teacher", model, init_params(model, 0))
     config = on_pairs(quickstart.stage1(tiny=True), pairs)
     with_teachers_autoencoder(config, tmp_path / "teacher")
-    with pytest.raises(ValueError, match="student predicts depth, its teacher disparity"):
+    with pytest.raises(ValueError, match="student predicts sqrt_disparity, its teacher disparity"):
         train.run(config, tmp_path / "run")
     config.model.prediction_type = "disparity"
     config.trainable = ("unet/", "decoder/")

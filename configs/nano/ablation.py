@@ -44,7 +44,7 @@ COMPARISONS = (  # (arm, the one that it is held against)
     ("scratch", "stage2"),
     ("scratch", "both"),
     ("cached", "online"),
-    ("sqrt_disparity", "full_base"),
+    ("depth", "full_base"),
     ("frozen_decoder", "both"),
 )
 
@@ -196,8 +196,8 @@ def single_arms(config: ConfigDict, tiny: bool) -> dict[str, ConfigDict]:
         job.teacher.cache = cached
         return job
 
-    sqrt_disparity = full_arms(config, tiny)["full_base"].train
-    sqrt_disparity.model.prediction_type = "sqrt_disparity"
+    depth = full_arms(config, tiny)["full_base"].train
+    depth.model.prediction_type = "depth"
     frozen = refinement(config, tiny)
     frozen.trainable = ("unet/", "encoder/")
     return {
@@ -206,7 +206,7 @@ def single_arms(config: ConfigDict, tiny: bool) -> dict[str, ConfigDict]:
         ),
         "online": arm("D^3, stage 1 on files, half of the steps", on_files(""), seeds=1),
         "cached": arm("D^3, the same from the cache", on_files("{workdir}/cache"), seeds=1),
-        "sqrt_disparity": arm("D^2, base in sqrt_disparity", sqrt_disparity, seeds=1),
+        "depth": arm("D^2, base in depth", depth, seeds=1),
         "frozen_decoder": arm(
             "D^3, both stages, decoder frozen", frozen, after="stage1_half", seeds=1
         ),

@@ -16,11 +16,12 @@ from ml_collections import ConfigDict
 from configs import common
 
 HEIGHT, WIDTH = 96, 128
+PIXEL_ASPECTS = (0.5, 2.5)  # so that pictures from 2:3 to 10:3 may be stretched to that shape
 
 
 def teacher(tiny: bool = False) -> ConfigDict:
     """Also of configs/d2.py:tiny."""
-    config = training("pixel", steps=4000, learning_rate=1e-3, tiny=tiny)
+    config = training("pixel", steps=3000, learning_rate=8e-4, tiny=tiny)
     config.model.preset = "d2_nano"
     config.trainable = ("unet/", "encoder/", "decoder/")
     # No pretrained model says which sign and range depth has.
@@ -30,7 +31,8 @@ def teacher(tiny: bool = False) -> ConfigDict:
 
 
 def stage1(tiny: bool = False) -> ConfigDict:
-    config = training("latent", steps=2000, learning_rate=1e-3, tiny=tiny)
+    config = training("latent", steps=1300, learning_rate=1e-3, tiny=tiny)
+    config.data.source.seed += 1000  # every stage sees scenes of its own
     config.teacher.path = "{workdir}/teacher/model"
     config.model.preset = "d3_nano"
     config.autoencoder.path = config.teacher.get_oneway_ref("path")
@@ -41,7 +43,8 @@ def stage1(tiny: bool = False) -> ConfigDict:
 
 
 def stage2(tiny: bool = False) -> ConfigDict:
-    config = training("pixel", steps=1500, learning_rate=1e-3, tiny=tiny)
+    config = training("pixel", steps=600, learning_rate=1e-3, tiny=tiny)
+    config.data.source.seed += 2000
     config.init = "{workdir}/stage1/model"
     config.trainable = ("unet/", "encoder/", "decoder/")
     config.loss.beta.range = 0.5
@@ -71,22 +74,27 @@ def show(config: ConfigDict, models: dict[str, str]) -> ConfigDict:
 
 
 def scenes(seed: int, length: int) -> ConfigDict:
-    return common.procedural(seed, length, height=HEIGHT, width=WIDTH)
+    config = common.procedural(seed, length, height=HEIGHT, width=WIDTH)
+    config.pixel_aspects = PIXEL_ASPECTS
+    return config
 
 
 def training(stage: str, *, steps: int, learning_rate: float, tiny: bool) -> ConfigDict:
     config = common.training(stage)
     config.data.height, config.data.width = HEIGHT, WIDTH
     config.data.batch_size = 16
+    config.data.source.pixel_aspects = PIXEL_ASPECTS
     config.model.processing_resolution = max(HEIGHT, WIDTH)
     config.model.processing_aspect = WIDTH / HEIGHT  # the one shape that it was trained on
+    # In depth, what is near is squeezed together by what is far (DepthMaster).
+    config.model.prediction_type = "sqrt_disparity"
     config.eval.source = scenes(common.PROCEDURAL_TEST + 1, 128)
     config.eval.num_images = 16 if tiny else 128
     config.train.steps = 4 if tiny else steps
     config.eval.every = 4 if tiny else 500
     config.train.checkpoint_every = 4 if tiny else 500
     config.train.log_every = 2 if tiny else 50
-    config.schedule.update(learning_rate=learning_rate, schedule="cosine", warmup_steps=100)
+    config.schedule.update(learning_rate=learning_rate, schedule="cosine", warmup_steps=200)
     config.weighting.dwa.window = 200
     return config
 

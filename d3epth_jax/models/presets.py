@@ -138,12 +138,12 @@ PRESETS = {
     "d3_fast": (_sd2(bk_sdm(SD2_UNET, "tiny")), TAESD),
     "d3_turbo": (_sd2(turbo(SD2_UNET)), TAESD_TURBO),
     "d2_nano": (
-        _nano_unet((48, 96, 160), mid=True),
-        _nano_autoencoder((0, 2, 2, 2), (1, 1, 1, 0)),
+        _nano_unet((40, 80, 128, 160), mid=True),
+        _nano_autoencoder((0, 0, 1), (1, 0, 0)),
     ),
     "d3_nano": (
-        _nano_unet((24, 48, 64), mid=False),
-        _nano_autoencoder((0, 0, 1, 1), (1, 1, 0, 0)),
+        _nano_unet((24, 32, 56, 64), mid=False),
+        _nano_autoencoder((0, 0, 0), (0, 0, 0)),
     ),
 }
 

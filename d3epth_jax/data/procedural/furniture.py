@@ -28,6 +28,7 @@ FURNITURE = {
             P("bowl", "plastic", (0.25, 0.8, 0.1), (0.3, 0.1, 0.3)),
             P("box", "cloth", (0.0, 0.757, 0.0), (1.5, 0.006, 0.35)),
         ),
+        top=0.76,
     ),
     "round_table": Thing(
         (
@@ -180,6 +181,7 @@ FURNITURE = {
             P("cylinder", "metal", (0.9, 1.05, 0.2), (0.03, 0.3, 0.03)),
         ),
         stretch=0.3,
+        top=0.91,
     ),
     "floor_lamp": Thing(
         (

@@ -26,6 +26,7 @@ def tables() -> dict[str, np.ndarray]:
         # scale lo, scale hi, stretch, scatter, jitter, tumble
         "spread": np.zeros((count, 6), np.float32),
         "extent": np.zeros((count, 3), np.float32),  # half width, height, half depth
+        "top": np.zeros(count, np.float32),
     }
     for t, thing in enumerate(THINGS.values()):
         out["spread"][t] = (
@@ -45,4 +46,5 @@ def tables() -> dict[str, np.ndarray]:
             upright = not (part.pitch or part.roll)
             reach = np.abs(part.centre) + (out["half"][t, k] if upright else 0)
             out["extent"][t] = np.maximum(out["extent"][t], reach)
+        out["top"][t] = out["extent"][t, 1] if thing.top is None else thing.top
     return out

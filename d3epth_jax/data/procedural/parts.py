@@ -42,3 +42,4 @@ class Thing(NamedTuple):
     scatter: float = 0.0  # metres by which each part wanders on the plan
     jitter: float = 0.0  # relative spread of each part's size
     tumble: float = 0.0  # degrees by which each part turns about every axis
+    top: float | None = None  # height that things stand on; its whole height if not given

@@ -148,7 +148,7 @@ def make_scene(key, pixel_aspects: tuple[float, float] = (1.0, 1.0)) -> Scene:
     scale = scale[:, None] * (1 + stretch[:, None] * (2 * u[:, 2:5] - 1))  # [G, 3]
     extent = part["extent"] * scale
     position, turn = _place(
-        u[:, 5:10], table, thing, extent, fov / 2, yaw, walls, ceiling, extent[0, 1]
+        u[:, 5:10], table, thing, extent, fov / 2, yaw, walls, ceiling, part["top"][0] * scale[0, 1]
     )
 
     # Parts, in the object's own axes: centre c, rotation own axes -> object.
