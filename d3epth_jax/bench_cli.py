@@ -69,13 +69,15 @@ def bench(args: argparse.Namespace) -> int:
     for key, value in (ALL if args.all else USUAL).items():
         if getattr(args, key) is None:
             setattr(args, key, value)
+    from d3epth_jax.bench_report import name
+
     jobs = plan(args)
     rows, failed = _measured_before(args), False
     try:
         for number, job in enumerate(jobs, 1):
             before = [row for row in rows if _is_of(row, job)]
             there = [row for row in before if "error" not in row and _is_enough(row, job)]
-            _say(f"[{number}/{len(jobs)}] {_name(job)} {'is there' if there else '...'}")
+            _say(f"[{number}/{len(jobs)}] {name(job)} {'is there' if there else '...'}")
             now = there[0] if there else _measured(job, args) | _when()
             failed |= "error" in now
             rows = [row for row in rows if row not in before] + [now]
@@ -414,12 +416,6 @@ def _folder(name: str) -> pathlib.Path:
     return bundled(name) or pathlib.Path(name)
 
 
-def _name(job: dict) -> str:
-    from d3epth_jax import bench_report
-
-    return bench_report.name(job)
-
-
 def _show(args: argparse.Namespace, rows: list[dict]) -> None:
     from d3epth_jax import bench_report
 
@@ -435,13 +431,8 @@ def _save(args: argparse.Namespace, rows: list[dict]) -> None:
 
     if args.out is None:
         return
-    devices = sorted({row["device"] for row in rows if "device" in row})
-    host = machine()
-    content = {"machine": host, "rows": rows}
-    calls = {row["command"]: row["date"] for row in rows if "command" in row}  # its last
-    text = "".join(f"{date}: `{command}`\n\n" for command, date in calls.items())
-    text += f"{host['cpu']}, {host['cores']} cores; device: {', '.join(devices)}\n\n"
-    text += bench_report.markdown(rows)
+    content = {"machine": machine(), "rows": rows}
+    text = bench_report.document(**content)
     for name, data in ((RESULTS, json.dumps(content, indent=1)), ("bench.md", text)):
         with atomic.replacing(args.out / name) as partial:
             partial.write_text(data)

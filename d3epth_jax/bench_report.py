@@ -23,6 +23,15 @@ NOTES = {
 }
 
 
+def document(machine: dict, rows: list[dict]) -> str:
+    """bench.md: which calls measured where, and what."""
+    devices = sorted({row["device"] for row in rows if "device" in row})
+    calls = {row["command"]: row["date"] for row in rows if "command" in row}  # its last
+    lines = [f"{date}: `{command}`" for command, date in calls.items()]
+    lines.append(f"{machine['cpu']}, {machine['cores']} cores; device: {', '.join(devices)}")
+    return "\n\n".join([*lines, markdown(rows)])
+
+
 def markdown(rows: Iterable[dict]) -> str:
     """All tables there are rows for; each row is what bench_cli made of one measurement."""
     rows = list(rows)

@@ -63,8 +63,7 @@ def caching(pairs, teacher, **data):
 
 def training(pairs, teacher, folder="", **data):
     config = with_teachers_autoencoder(quickstart.stage1(tiny=True), teacher)
-    config.teacher.cache = str(folder)
-    config.model.prediction_type = TEACHER.prediction_type
+    config.teacher.cache, config.model.prediction_type = str(folder), TEACHER.prediction_type
     config.data.source = common.folder(str(pairs), split="train")
     config.data.update(height=32, width=48, batch_size=4, crop="center", **data)
     config.eval.source = common.folder(str(pairs), split="validation")

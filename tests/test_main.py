@@ -79,8 +79,11 @@ def test_quickstart_runs_from_nothing_to_the_table(tmp_path, monkeypatch, capsys
     rows = [line.split("|")[1].strip() for line in table.splitlines() if line.startswith("|")]
     assert rows[2:] == [
         "constant",
+        "constant in sqrt_disparity",
         "ramp",
+        "ramp in sqrt_disparity",
         "mean map",
+        "mean map in sqrt_disparity",
         "teacher",
         "student at start",
         "student after stage 1",

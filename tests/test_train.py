@@ -188,7 +188,7 @@ def test_a_workdir_of_other_settings_is_refused(pairs, tmp_path):
     config = teacher_config(pairs, steps=2)
     config.schedule.learning_rate = 7e-4
     config.seed = 3
-    with pytest.raises(ValueError, match=r"learning_rate: 0.001 -> 0.0007; seed: 0 -> 3"):
+    with pytest.raises(ValueError, match=r"learning_rate: 0.0008 -> 0.0007; seed: 0 -> 3"):
         train.run(config, tmp_path)
     assert (tmp_path / "config.json").read_text() == before
 
