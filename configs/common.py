@@ -6,7 +6,7 @@ from ml_collections.config_dict import placeholder
 PROCEDURAL_TRAIN, PROCEDURAL_TEST = 1, 2  # seeds of the rendered scenes: no scene is in both
 
 
-def procedural(seed: int, length: int, **size: int) -> ConfigDict:
+def procedural(seed: int, length: int, **settings) -> ConfigDict:
     """Rendered scenes (data/procedural), nothing to download; training gives them its own size."""
     return ConfigDict(
         {
@@ -16,7 +16,7 @@ def procedural(seed: int, length: int, **size: int) -> ConfigDict:
             "length": length,
             # Width over height of pixels, from to: as other shapes, stretched to this one.
             "pixel_aspects": (1.0, 1.0),
-            **size,
+            **settings,
         }
     )
 

@@ -66,11 +66,11 @@ def add_bench(commands) -> None:
 
 def bench(args: argparse.Namespace) -> int:
     """`d3epth bench`: the exit code."""
+    from d3epth_jax.bench_report import name
+
     for key, value in (ALL if args.all else USUAL).items():
         if getattr(args, key) is None:
             setattr(args, key, value)
-    from d3epth_jax.bench_report import name
-
     jobs = plan(args)
     rows, failed = _measured_before(args), False
     try:

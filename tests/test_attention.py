@@ -112,13 +112,12 @@ def largest(jaxpr):
 def test_no_more_logits_than_the_limit_are_formed(monkeypatch):
     q = jax.ShapeDtypeStruct((1, 4096, 2, 8), jnp.float32)
     assert largest(jax.make_jaxpr(attention)(q, q, q).jaxpr) <= 2**20
+    monkeypatch.setitem(module.MAX_LOGITS, "cpu", 2**30)
+    assert largest(jax.make_jaxpr(lambda *x: attention(*x))(q, q, q).jaxpr) == 2 * 4096**2
     # Nor where the queries do not divide evenly.
     monkeypatch.setitem(module.MAX_LOGITS, "cpu", 1000)
     q, k = (jax.ShapeDtypeStruct((1, n, 1, 1), jnp.float32) for n in (13, 300))
     assert largest(jax.make_jaxpr(lambda *x: attention(*x))(q, k, k).jaxpr) <= 1000
-    q = jax.ShapeDtypeStruct((1, 4096, 2, 8), jnp.float32)
-    monkeypatch.setitem(module.MAX_LOGITS, "cpu", 2**30)
-    assert largest(jax.make_jaxpr(lambda *x: attention(*x))(q, q, q).jaxpr) == 2 * 4096**2
 
 
 def test_no_more_logits_are_kept_for_the_backward_pass():

@@ -1,6 +1,6 @@
 """nano: the models that the package ships, trained from scratch on rendered scenes alone.
 
-    python -m d3epth_jax.main --config=configs/nano/train.py         # an hour on 2 CPU cores
+    python -m d3epth_jax.main --config=configs/nano/train.py         # 50 minutes on 2 CPU cores
     python -m d3epth_jax.main --config=configs/nano/train.py:tiny    # seconds: does it run at all?
 
 1. teacher: D^2-nano, encoder, UNet and decoder trained together by the pixel loss (METHOD 7, "from
@@ -74,9 +74,8 @@ def show(config: ConfigDict, models: dict[str, str]) -> ConfigDict:
 
 
 def scenes(seed: int, length: int) -> ConfigDict:
-    config = common.procedural(seed, length, height=HEIGHT, width=WIDTH)
-    config.pixel_aspects = PIXEL_ASPECTS
-    return config
+    size = {"height": HEIGHT, "width": WIDTH}
+    return common.procedural(seed, length, pixel_aspects=PIXEL_ASPECTS, **size)
 
 
 def training(stage: str, *, steps: int, learning_rate: float, tiny: bool) -> ConfigDict:
