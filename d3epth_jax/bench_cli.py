@@ -7,25 +7,20 @@ processes that are measured (bench_worker.py).
 import argparse
 import contextlib
 import datetime
-import difflib
 import functools
-import importlib.util
 import json
-import os
 import pathlib
-import re
 import sys
 import tempfile
 
+from d3epth_jax.bench_plan import WHAT, is_model, plan
+
 OK, SOME_FAILED, UNUSABLE, INTERRUPTED = 0, 1, 2, 130
 
-WHAT = ["predict", "stage2", "stage1", "pieces"]
 # What is measured where nothing else is said.
 ALL = {"what": WHAT, "dtype": "bfloat16", "batch": [1, 8], "fold": "both"}
 ALL |= {"out": pathlib.Path("bench")}
 USUAL = {"what": ["predict"], "dtype": "float32", "batch": [1], "fold": "yes", "out": None}
-TRAINED = {"stage2": "d2_base", "stage1": "d3_light_small"}
-PACKAGES = ("torch", "diffusers", "transformers")
 RESULTS = "bench.json"
 
 
@@ -55,6 +50,8 @@ def add_bench(commands) -> None:
     add("--train-batch", type=int, default=32, metavar="N", help="pictures of an optimiser step")
     add("--dtype", choices=("float32", "bfloat16"), help="default float32; --all: bfloat16")
     add("--fold", choices=("yes", "no", "both"), help="default yes; --all: both")
+    add("--micro", type=int, default=0, metavar="N",
+        help="of these at a time; default: as many as fit, then as many as divide it")  # fmt: skip
     add("--no-remat", action="store_true", help="training keeps all activations")
     add("--compare", choices=("diffusers",), help="the same weights through it, alternating")
     add("--runs", type=int, default=7, metavar="N", help="the median of so many")
@@ -71,8 +68,12 @@ def bench(args: argparse.Namespace) -> int:
     for key, value in (ALL if args.all else USUAL).items():
         if getattr(args, key) is None:
             setattr(args, key, value)
-    jobs = plan(args)
-    rows, failed = _measured_before(args), False
+    problems, rows, failed = [], [], False
+    try:
+        rows = _measured_before(args)
+    except ValueError as error:
+        problems = [f"--resume: {error}"]
+    jobs = plan(args, problems)
     try:
         for number, job in enumerate(jobs, 1):
             before = [row for row in rows if _is_of(row, job)]
@@ -141,111 +142,6 @@ def _is_enough(row: dict, job: dict) -> bool:
     return all(row.get(key, 0) >= job.get(key, 0) for key in EXTENT)
 
 
-def plan(args: argparse.Namespace) -> list[dict]:
-    """The measurements to make. Ends the program with every problem of the arguments."""
-    from d3epth_jax.models import presets
-
-    problems = []
-    models = args.models or (list(presets.PRESETS) if args.all else [])
-    if not models:
-        problems.append("name a MODEL, or --all")
-    for model in models:
-        if not _exists(model):
-            near = difflib.get_close_matches(model, presets.PRESETS, 1)
-            problems.append(
-                f"{model} is neither a model directory nor a preset ({', '.join(presets.PRESETS)})"
-                + (f": did you mean {near[0]}?" if near else "")
-            )
-    sizes = {}
-    for option in ("size", "train_size"):
-        text, flag = getattr(args, option), f"--{option.replace('_', '-')}"
-        found = re.fullmatch(r"(\d+)x(\d+)", text)
-        sizes[option] = [int(side) for side in found.groups()] if found else [0, 0]
-        if min(sizes[option]) < 8:
-            problems.append(f"{flag} {text}: height x width is expected, such as 576x768")
-        elif option == "train_size" and any(side % 8 for side in sizes[option]):
-            problems.append(f"{flag} {text}: training takes multiples of 8")
-    counts = {"--runs": args.runs, "--train-batch": args.train_batch}
-    counts |= {"--batch": min(args.batch)}
-    problems += [f"{key} must be at least 1, not {n}" for key, n in counts.items() if n < 1]
-    what = args.what
-    if set(what) - {"predict"} and not (args.all and "predict" in what):
-        problems += [
-            f"{model}: training and pieces are measured of presets"
-            for model in models
-            if model not in presets.PRESETS
-        ]
-    beside = []
-    for model in models:
-        try:
-            beside += [model] if _reads_depth(model) else []
-        except (OSError, ValueError) as error:
-            problems.append(f"{model} is not a whole model: {error}")
-    if args.compare:
-        problems += [
-            f"{model}: its UNet takes the RGB latent alone, which diffusers' pipeline does not run"
-            for model in models
-            if _exists(model) and model not in beside
-        ]
-    absent = [package for package in PACKAGES if importlib.util.find_spec(package) is None]
-    if args.compare and absent:
-        problems.append(
-            f"--compare diffusers needs {', '.join(absent)}: pip install {' '.join(PACKAGES)}"
-        )
-    if args.resume and args.out is None:
-        problems.append("--resume goes on with what is in --out: give --out")
-    try:
-        _measured_before(args)
-    except ValueError as error:
-        problems.append(f"--resume: {error}")
-    if args.out is not None:
-        there = next(path for path in (args.out, *args.out.parents) if os.path.lexists(path))
-        if not (os.path.isdir(there) and os.access(there, os.W_OK)):
-            problems.append(f"--out {args.out} cannot be made: {there} cannot be written to")
-    if problems:
-        args.fail("\n  ".join(["cannot measure:", *problems]))
-
-    folds = {"yes": [True], "no": [False], "both": [True, False]}[args.fold]
-    known = [model for model in models if model in presets.PRESETS]
-
-    def predictions(fold: bool) -> list[dict]:
-        return [
-            {
-                **{"what": "predict", "model": model, "size": sizes["size"], "batch": batch},
-                **{
-                    "runs": args.runs,
-                    "dtype": args.dtype,
-                    "fold": fold,
-                    "compared": model in compared and fold == folds[0],
-                },
-            }
-            for model in models
-            for batch in args.batch
-        ]
-
-    compared = models if args.compare else beside[:1] if args.all and not absent else []
-    # What matters most comes first: time on an accelerator may be short.
-    jobs = predictions(folds[0]) if "predict" in what else []
-    for stage, usual in TRAINED.items():
-        if stage in what:
-            one = known[:1] if stage == "stage2" else known[-1:]
-            one = [usual] if usual in known else one
-            jobs += [
-                {
-                    **{"what": stage, "model": model, "size": sizes["train_size"]},
-                    **{"batch": args.train_batch, "dtype": args.dtype, "runs": args.runs},
-                    "remat": not args.no_remat,
-                }
-                for model in (one if args.all else known)
-            ]
-    if "pieces" in what:
-        jobs += [
-            {"what": "pieces", "model": model, "size": sizes["size"]}
-            for model in (known[:1] if args.all else known)
-        ]
-    return jobs + (predictions(folds[1]) if "predict" in what and folds[1:] else [])
-
-
 def _measured(job: dict, args: argparse.Namespace) -> dict:
     """The job and what was found, or the `error`."""
     from d3epth_jax.bench_worker import WorkerError
@@ -265,7 +161,7 @@ def _predict(job: dict, args: argparse.Namespace) -> dict:
         env = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"} if job["compared"] else {}
         ours = _worker(stack, "bench", env)
         folder = pathlib.Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        saved = str(folder / "model") if job["compared"] and not _is_model(job["model"]) else ""
+        saved = str(folder / "model") if job["compared"] and not is_model(job["model"]) else ""
         row = ours.ask(
             "open",
             model=job["model"],
@@ -353,19 +249,22 @@ def _alternating(runs: int, requests: dict) -> dict[str, list[float]]:
 
 
 def _train(job: dict, args: argparse.Namespace) -> dict:
-    """A step of the largest micro-batch, and one of the whole batch by accumulation."""
+    """A step of the largest micro-batch, and one of the whole batch by accumulation.
+
+    Where the micro-batch is given, only the second.
+    """
     settings = {key: job[key] for key in ("model", "size", "batch", "dtype", "remat")}
 
-    def step(micro: int = 0) -> dict:
+    def step(micro: int) -> dict:
         # In a process of its own: an accelerator does not forget the most memory it ever had.
         with contextlib.ExitStack() as stack:
             worker = _worker(stack, "bench", {})
             return worker.ask("train", stage=job["what"], runs=args.runs, micro=micro, **settings)
 
-    row = step()
+    row = step(job["micro"])
     results, batch = [row.pop("result")], job["batch"]
     micro = next(n for n in range(results[0]["micro"], 0, -1) if batch % n == 0)
-    if micro < batch:
+    if micro < batch and not job["micro"]:
         results.append(step(micro)["result"])
     return row | {"results": results}
 
@@ -381,39 +280,6 @@ def _worker(stack: contextlib.ExitStack, module: str, env: dict):
     from d3epth_jax.bench_worker import Worker
 
     return stack.enter_context(Worker(f"d3epth_jax.{module}", env))
-
-
-def _exists(name: str) -> bool:
-    from d3epth_jax.models import presets
-
-    return name in presets.PRESETS or _is_model(name)
-
-
-def _reads_depth(name: str) -> bool:
-    """Whether a UNet takes RGB and depth latent, which diffusers' pipeline always gives it."""
-    from d3epth_jax.models import presets
-
-    if _is_model(name):
-        unet, vae = (
-            json.loads((_folder(name) / part / "config.json").read_text())
-            for part in ("unet", "vae")
-        )
-        return unet.get("in_channels", 4) == 2 * vae.get("latent_channels", 4)
-    if name not in presets.PRESETS:
-        return False
-    unet, autoencoder = presets.get(name)
-    return unet.in_channels == 2 * autoencoder.latent_channels
-
-
-def _is_model(name: str) -> bool:
-    return (_folder(name) / "model_index.json").is_file()
-
-
-def _folder(name: str) -> pathlib.Path:
-    """Of a model in a directory, or of one that comes with the package."""
-    from d3epth_jax.weights.download import bundled
-
-    return bundled(name) or pathlib.Path(name)
 
 
 def _show(args: argparse.Namespace, rows: list[dict]) -> None:

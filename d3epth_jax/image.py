@@ -182,7 +182,8 @@ def pad_to_multiple(array: np.ndarray, multiple: int = 8) -> tuple[np.ndarray, t
         (0, -width % multiple),
         (0, 0),
     ]
-    return np.pad(array, padding, mode="edge"), (height, width)
+    padded = np.pad(array, padding, mode="edge") if np.any(padding) else array
+    return padded, (height, width)
 
 
 def _unit_range(prediction: np.ndarray, val_min: float, val_max: float) -> np.ndarray:

@@ -129,21 +129,22 @@ def test_no_more_logits_are_kept_for_the_backward_pass():
 
 
 @pytest.mark.parametrize(
-    ("capability", "dtype", "depth", "masked", "fused"),
+    ("capability", "dtype", "depth", "keys", "masked", "fused"),
     [
-        ("8.0", jnp.bfloat16, 64, False, True),
-        ("12.0", jnp.bfloat16, 128, False, True),
-        ("9.0", jnp.bfloat16, 136, False, False),
-        ("9.0", jnp.bfloat16, 60, False, False),  # cudnn takes multiples of 8
-        ("9.0", jnp.float32, 64, False, False),
-        ("9.0", jnp.bfloat16, 64, True, False),
-        ("7.5", jnp.bfloat16, 64, False, False),  # as Colab's T4
-        ("gfx90a", jnp.bfloat16, 64, False, False),  # AMD's
-        (None, jnp.bfloat16, 64, False, False),  # no GPU
+        ("8.0", jnp.bfloat16, 64, 20, False, True),
+        ("12.0", jnp.bfloat16, 128, 20, False, True),
+        ("9.0", jnp.bfloat16, 136, 20, False, False),
+        ("9.0", jnp.bfloat16, 60, 20, False, False),  # cudnn takes multiples of 8
+        ("9.0", jnp.bfloat16, 64, 2, False, False),  # an empty prompt
+        ("9.0", jnp.float32, 64, 20, False, False),
+        ("9.0", jnp.bfloat16, 64, 20, True, False),
+        ("7.5", jnp.bfloat16, 64, 20, False, False),  # as Colab's T4
+        ("gfx90a", jnp.bfloat16, 64, 20, False, False),  # AMD's
+        (None, jnp.bfloat16, 64, 20, False, False),  # no GPU
     ],
 )
 def test_the_fused_kernel_is_chosen_where_it_can_be(
-    monkeypatch, capability, dtype, depth, masked, fused
+    monkeypatch, capability, dtype, depth, keys, masked, fused
 ):
     seen = []
 
@@ -155,9 +156,9 @@ def test_the_fused_kernel_is_chosen_where_it_can_be(
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu" if capability else "cpu")
     monkeypatch.setattr(jax, "devices", lambda: [device])
     monkeypatch.setattr(jax.nn, "dot_product_attention", kernel)
-    q = jax.ShapeDtypeStruct((1, 4, 2, depth), dtype)
-    mask = np.ones((4, 4), bool) if masked else None
-    jax.eval_shape(lambda q: attention(q, q, q, mask), q)
+    q, k = (jax.ShapeDtypeStruct((1, n, 2, depth), dtype) for n in (4, keys))
+    mask = np.ones((4, keys), bool) if masked else None
+    jax.eval_shape(lambda q, k: attention(q, k, k, mask), q, k)
     assert seen == (["cudnn"] if fused else [])
 
 

@@ -113,10 +113,11 @@ def arguments(**settings) -> argparse.Namespace:
 
 
 @pytest.mark.parametrize(
-    ("batch", "fits", "asked"), [(32, 8, [0, 8]), (12, 8, [0, 6]), (7, 4, [0, 1]), (8, 8, [0])]
+    ("batch", "micro", "fits", "asked"),
+    [(32, 0, 8, [0, 8]), (12, 0, 8, [0, 6]), (7, 0, 4, [0, 1]), (8, 0, 8, [0]), (32, 4, 8, [4])],
 )
 def test_the_accumulated_step_is_exactly_the_batch_in_a_process_of_its_own(
-    monkeypatch, batch, fits, asked
+    monkeypatch, batch, micro, fits, asked
 ):
     seen = []
 
@@ -129,7 +130,7 @@ def test_the_accumulated_step_is_exactly_the_batch_in_a_process_of_its_own(
 
     monkeypatch.setattr(bench_cli, "_worker", lambda *_: FakeWorker())
     job = {"what": "stage2", "model": "d2_base", "size": [8, 8], "batch": batch, "remat": True}
-    row = bench_cli._train(job | {"dtype": "float32"}, arguments())
+    row = bench_cli._train(job | {"dtype": "float32", "micro": micro}, arguments())
     assert [micro for _, micro in seen] == asked and len({id(w) for w, _ in seen}) == len(asked)
     last = row["results"][-1]
     assert last["micro"] * last["accumulate"] == batch and row["trained"] == 3
@@ -255,7 +256,7 @@ def test_all_problems_are_told_at_once(monkeypatch, capsys, tmp_path):
             [
                 *("bench", "d3_fsat", "d3_nano", "--size", "576", "--train-size", "60x60"),
                 *("--runs", "0", "--compare", "diffusers", "--batch", "0"),
-                *("--out", str(tmp_path / "file")),
+                *("--micro", "5", "--out", str(tmp_path / "file")),
             ]
         )
     assert error.value.code == 2
@@ -267,6 +268,7 @@ def test_all_problems_are_told_at_once(monkeypatch, capsys, tmp_path):
         "--train-size 60x60: training takes multiples of 8",
         "--runs must be at least 1",
         "--batch must be at least 1",
+        "--micro 5 does not divide --train-batch 32",
         "needs torch: pip install torch diffusers transformers",
         "file cannot be made",
     ):

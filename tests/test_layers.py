@@ -72,3 +72,41 @@ def test_layer_norm_is_linens(dtype):
             rtol=2 * TYPES[dtype],
             atol=TYPES[dtype] * scale,
         )
+
+
+@pytest.mark.parametrize("silu", [False, True])
+@pytest.mark.parametrize("dtype", TYPES)
+def test_group_norm_is_linens_and_so_is_its_gradient(dtype, silu):
+    x, cotangent = random(2, 5, 7, 24, dtype=dtype) + 5, random(2, 5, 7, 24, dtype=dtype)
+    params = {"params": {"scale": random(24), "bias": random(24)}}
+    wide = x.astype(jnp.float32), cotangent.astype(jnp.float32)
+    linen = nn.GroupNorm(6, epsilon=1e-3, use_fast_variance=False)
+
+    def expected(params, x):
+        y = linen.apply(params, x)
+        return nn.silu(y) if silu else y
+
+    module = layers.group_norm(None, 6, 1e-3, dtype, silu=silu)
+    results = []
+    for function, inputs in ((module.apply, (x, cotangent)), (expected, wide)):
+        y, pullback = jax.vjp(function, params, inputs[0])
+        results.append([y, *jax.tree.leaves(pullback(inputs[1]))])
+    assert results[0][0].dtype == results[0][3].dtype == dtype
+    for ours, theirs in zip(*results, strict=True):
+        scale = float(jnp.abs(theirs).max())
+        np.testing.assert_allclose(
+            ours.astype(jnp.float32), theirs, rtol=2 * TYPES[dtype], atol=TYPES[dtype] * scale
+        )
+
+
+def test_group_norm_of_a_large_mean_and_of_a_constant_map():
+    x = 1000 + random(1, 40, 50, 8, scale=0.1)
+    module = layers.group_norm(None, 4, 1e-6, jnp.float32)
+    params = {"params": {"scale": jnp.ones(8), "bias": jnp.zeros(8)}}
+    exact = np.asarray(x, np.float64).reshape(2000, 4, 2)
+    exact = (exact - exact.mean((0, 2), keepdims=True)) / exact.std((0, 2), keepdims=True)
+    np.testing.assert_allclose(module.apply(params, x).reshape(exact.shape), exact, atol=2e-3)
+    constant = jnp.full((1, 4, 4, 8), 7.0)
+    np.testing.assert_array_equal(module.apply(params, constant), 0)
+    gradient = jax.grad(lambda x: module.apply(params, x)[0, 0, 0, 0])(constant)
+    assert jnp.isfinite(gradient).all()

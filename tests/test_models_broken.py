@@ -52,8 +52,8 @@ def parity_error():
 def with_eps(eps, *names):
     """group_norm with another eps in the norms of these names."""
     original = layers.group_norm
-    return lambda name, groups, own, dtype: original(
-        name, groups, eps if name in names else own, dtype
+    return lambda name, groups, own, dtype, **options: original(
+        name, groups, eps if name in names else own, dtype, **options
     )
 
 

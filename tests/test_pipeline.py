@@ -122,8 +122,22 @@ def test_a_picture_is_resized_once_however_short_the_last_batch(saved, monkeypat
         return resize(array, size, antialias=antialias)
 
     monkeypatch.setattr(image_lib, "resize", counted)
-    pipe(list(scenes(5)["image"]), batch_size=4, match_input_resolution=False)
+    pictures = list(scenes(5, height=24, width=36)["image"])
+    pipe(pictures, batch_size=4, match_input_resolution=False)
     assert sizes == [(32, 48)] * 5
+
+
+def test_pictures_that_need_no_resizing_are_copied_as_bytes(saved, monkeypatch):
+    pipe = d3epth_jax.DepthPipeline.from_pretrained(saved)
+    put, types = pipe._put, []
+    monkeypatch.setattr(pipe, "_put", lambda x: types.append(x.dtype) or put(x))
+    a, b = scenes(2)["image"]
+    assert a.shape[:2] == (32, 48)
+    for pictures, expected in (([a, b], np.uint8), ([a, b / 255], np.float32)):
+        types.clear()
+        out = pipe(pictures, batch_size=2).prediction
+        assert types[0] == expected
+        out[:] = 0  # the caller's own
 
 
 def test_drawn_latents_do_not_depend_on_the_place_in_a_list():

@@ -117,8 +117,8 @@ def parity_error():
 def eps_in(name):
     """group_norm with eps 1e-5 in the norms of this name."""
     original = layers.group_norm
-    return lambda own, groups, eps, dtype: original(
-        own, groups, 1e-5 if own == name else eps, dtype
+    return lambda own, groups, eps, dtype, **options: original(
+        own, groups, 1e-5 if own == name else eps, dtype, **options
     )
 
 

@@ -3,32 +3,34 @@
 D^2epth's step (METHOD 8) at a quarter of its width, so a sixteenth of its work: frozen KL encoder,
 UNet trained, frozen KL decoder with the gradient through it, SSI, clipping, AdamW, moving average
 (tests/train_step.py). Torch runs diffusers' modules, contiguous and channels_last. Each way has a
-process and two threads; they take turns of two runs, because the first after a pause may have to
-fetch its memory back. What is compared is the least time of each, to which other work on the
-machine adds little. `--parts` also compares the networks one by one.
+process and two threads, or all of them and share one NVIDIA GPU; they take turns of two runs,
+because the first after a pause may have to fetch its memory back. What is compared is the least
+time of each, to which other work on the machine adds little. `--parts` also compares the networks
+one by one.
 """
 
 import contextlib
 import json
 import os
+import shutil
 import sys
 
 from d3epth_jax.bench_worker import Worker
 
-WANTED = 0.8  # torch's time / ours, on a CPU
+WANTED = {"cpu": 0.8, "gpu": 1.0}  # torch's time / ours
 WAYS = ("ours", "torch", "torch, channels_last")
 
 
 def main(rounds: int = 5, parts: bool = False) -> dict[str, float]:
     """Prints seconds and ratios torch / ours, of the faster of torch's layouts; returns these."""
-    ratios = {}
+    ratios, where = {}, place()
+    # Tests set flags under which programs are not optimised.
+    env = {"XLA_FLAGS": "", "XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
     with contextlib.ExitStack() as stack:
         stack.callback(os.sched_setaffinity, 0, os.sched_getaffinity(0))
-        os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:2])  # the workers inherit it
-        # Tests set flags under which programs are not optimised.
-        workers = {
-            way: stack.enter_context(Worker("tests.train_step", {"XLA_FLAGS": ""})) for way in WAYS
-        }
+        if where == "cpu":
+            os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:2])  # the workers inherit it
+        workers = {way: stack.enter_context(Worker("tests.train_step", env)) for way in WAYS}
         for way, worker in workers.items():
             names = worker.ask("open", way=way, parts=parts)["names"]
         for name in names:
@@ -43,15 +45,20 @@ def main(rounds: int = 5, parts: bool = False) -> dict[str, float]:
                 for clock in ("wall", "processor")
             )
             ratios[name] = ratio(seconds)
-            told = ", ".join(f"{way} {time:.2f} s" for way, time in seconds.items())
+            told = ", ".join(f"{way} {time:.3g} s" for way, time in seconds.items())
             print(
                 f"{name:18} {told}: torch / ours {ratios[name]:.2f}"
                 f" (by processor time {ratio(processor):.2f})",
                 file=sys.stderr,
                 flush=True,
             )
-    print(f"wanted of the step: {WANTED}", file=sys.stderr)
+    print(f"wanted of the step on a {where}: {WANTED[where]}", file=sys.stderr)
     return ratios
+
+
+def place() -> str:
+    """Where JAX and torch compute, "cpu" or "gpu", without starting either."""
+    return "gpu" if shutil.which("nvidia-smi") else "cpu"
 
 
 def ratio(seconds: dict[str, float]) -> float:

@@ -89,7 +89,7 @@ def ours(parts: bool) -> dict:
 
 
 def torchs(parts: bool, channels_last: bool) -> dict:
-    """As `ours`, with diffusers' modules."""
+    """As `ours`, with diffusers' modules; on a GPU where there is one, as JAX does."""
     import diffusers
     import torch
 
@@ -97,21 +97,23 @@ def torchs(parts: bool, channels_last: bool) -> dict:
 
     torch.set_num_threads(2)
     torch.manual_seed(0)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    torch.backends.cuda.matmul.allow_tf32 = True  # as XLA does it
     model = quarter("d2_base")
     unet = diffusers.UNet2DConditionModel.from_config(model.unet.to_dict()).train()
     vae = diffusers.AutoencoderKL.from_config(model.autoencoder.to_dict()).eval()
     vae.requires_grad_(False)
     layout = torch.channels_last if channels_last else torch.contiguous_format
-    unet.to(memory_format=layout), vae.to(memory_format=layout)
+    unet.to(device, memory_format=layout), vae.to(device, memory_format=layout)
     scale = vae.config.scaling_factor
     params = list(unet.parameters())
     average = [p.detach().clone() for p in params]
     optimizer = torch.optim.AdamW(params, LEARNING_RATE, weight_decay=1e-2, fused=True)
     picture, depth = (
-        torch.from_numpy(make_batch()[name]).permute(0, 3, 1, 2).contiguous(memory_format=layout)
-        for name in ("image", "depth")
+        torch.from_numpy(x).to(device).permute(0, 3, 1, 2).contiguous(memory_format=layout)
+        for x in (make_batch()["image"], make_batch()["depth"])
     )
-    prompt = torch.zeros(BATCH, 2, model.unet.cross_attention_dim)
+    prompt = torch.zeros(BATCH, 2, model.unet.cross_attention_dim, device=device)
 
     def step():
         image = picture.float() / 127.5 - 1
@@ -140,8 +142,10 @@ def torchs(parts: bool, channels_last: bool) -> dict:
     runs = {"step": step}
     if not parts:
         return runs
-    latent = torch.ones(BATCH, 4, HEIGHT // 8, WIDTH // 8).contiguous(memory_format=layout)
-    image = torch.ones(BATCH, 3, HEIGHT, WIDTH).contiguous(memory_format=layout)
+    latent, image = (
+        torch.ones(shape, device=device).contiguous(memory_format=layout)
+        for shape in ((BATCH, 4, HEIGHT // 8, WIDTH // 8), (BATCH, 3, HEIGHT, WIDTH))
+    )
     sample = torch.cat([latent, latent], 1)
 
     @torch.no_grad()
@@ -158,13 +162,15 @@ def torchs(parts: bool, channels_last: bool) -> dict:
     def through_decoder():
         vae.decode(latent.clone().requires_grad_()).sample.square().sum().backward()
 
-    return runs | {
+    calls = {
         "encoder": encode,
         "UNet": torch.no_grad()(run_unet),
         "UNet, trained": train_unet,
         "decoder": torch.no_grad()(lambda: vae.decode(latent)),
         "decoder, gradient": through_decoder,
     }
+    wait = torch.cuda.synchronize if device == "cuda" else lambda: None
+    return runs | {name: lambda f=f: (f(), wait()) for name, f in calls.items()}
 
 
 class Step:

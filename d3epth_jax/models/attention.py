@@ -5,6 +5,7 @@ import jax.numpy as jnp
 
 # Logits that are held at a time: on a CPU about as many as its caches hold.
 MAX_LOGITS = {"cpu": 2**20, "accelerator": 2**27}
+FUSED_MIN_KEYS = 16  # of a prompt of two tokens cuDNN's tile would be almost empty
 
 
 def attention(
@@ -19,12 +20,12 @@ def attention(
 
     mask: bool [N, M], False where a query must not look; every query sees something.
     implementation: "chunked" holds at most `MAX_LOGITS` logits at a time, or those of one query,
-      "cudnn" is the fused kernel of an NVIDIA GPU, for 16-bit types; None: cudnn where it can be,
-      else chunked.
+      "cudnn" is the fused kernel of an NVIDIA GPU, for 16-bit types; None: cudnn where it can be
+      and there are keys enough, else chunked.
     """
     if implementation is None:
         fused = _device_has_cudnn_attention() and q.dtype.itemsize == 2 and mask is None
-        fits = q.shape[-1] <= 128 and q.shape[-1] % 8 == 0
+        fits = q.shape[-1] <= 128 and q.shape[-1] % 8 == 0 and k.shape[1] >= FUSED_MIN_KEYS
         implementation = "cudnn" if fused and fits else "chunked"
     if implementation == "cudnn":
         return jax.nn.dot_product_attention(q, k, v, implementation="cudnn")

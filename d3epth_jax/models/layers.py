@@ -15,6 +15,7 @@ import numpy as np
 
 from d3epth_jax.models.attention import attention
 from d3epth_jax.models.convolution import ABSENT, conv
+from d3epth_jax.models.group_norm import GroupNorm
 
 TRANSFORMER_NORM_EPS = 1e-6  # GroupNorm before a transformer; ResNets have the config's norm_eps
 LAYER_NORM_EPS = 1e-5
@@ -36,9 +37,8 @@ def _below(x):
     return (1 + jax.lax.erf(x * (1 / math.sqrt(2)))) / 2
 
 
-def group_norm(name: str, groups: int, eps: float, dtype: Any) -> nn.GroupNorm:
-    # The two-pass variance: E[x^2] - E[x]^2 cancels where the mean is large.
-    return nn.GroupNorm(groups, epsilon=eps, dtype=dtype, use_fast_variance=False, name=name)
+def group_norm(name: str, groups: int, eps: float, dtype: Any, *, silu: bool = False) -> GroupNorm:
+    return GroupNorm(groups, eps, dtype, silu, name=name)
 
 
 class LayerNorm(nn.Module):
@@ -120,12 +120,12 @@ class ResnetBlock(nn.Module):
 
     @nn.compact
     def __call__(self, x, temb=None):
-        h = nn.silu(group_norm("norm1", self.groups, self.eps, self.dtype)(x))
+        h = group_norm("norm1", self.groups, self.eps, self.dtype, silu=True)(x)
         h = conv("conv1", self.features, self.dtype)(h)
         if temb is not None:
             shift = dense("time_emb_proj", self.features, self.dtype)(temb)
             h += shift[:, None, None]
-        h = nn.silu(group_norm("norm2", self.groups, self.eps, self.dtype)(h))
+        h = group_norm("norm2", self.groups, self.eps, self.dtype, silu=True)(h)
         h = conv("conv2", self.features, self.dtype)(h)
         if x.shape[-1] != self.features:
             x = conv("conv_shortcut", self.features, self.dtype, kernel_size=1)(x)

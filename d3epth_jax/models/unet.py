@@ -64,8 +64,10 @@ class UNet(nn.Module):
                 x, used, temb, prompt, skips[-1].shape[1:3] if skips else None
             )
 
-        x = layers.group_norm("conv_norm_out", c.norm_num_groups, c.norm_eps, self.dtype)(x)
-        return convolution.conv("conv_out", c.out_channels, self.dtype)(nn.silu(x)), features
+        x = layers.group_norm(
+            "conv_norm_out", c.norm_num_groups, c.norm_eps, self.dtype, silu=True
+        )(x)
+        return convolution.conv("conv_out", c.out_channels, self.dtype)(x), features
 
     def _embed(self, timestep):
         c, width = self.config, self.config.block_out_channels[0]

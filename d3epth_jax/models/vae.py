@@ -29,8 +29,15 @@ class _Part(nn.Module):
     def _shared(self) -> dict[str, Any]:
         return {name: getattr(self, name) for name in ("config", "dtype", "remat", "folding")}
 
-    def norm(self, name: str) -> nn.GroupNorm:
-        return layers.group_norm(name, self.config.norm_num_groups, layers.VAE_NORM_EPS, self.dtype)
+    def norm_out(self, x):
+        """What is before the last convolution."""
+        return layers.group_norm(
+            "conv_norm_out",
+            self.config.norm_num_groups,
+            layers.VAE_NORM_EPS,
+            self.dtype,
+            silu=True,
+        )(x)
 
 
 class KLEncoder(_Part):
@@ -52,7 +59,7 @@ class KLEncoder(_Part):
                 channels=channels, downsample=i < last, name=f"down_blocks_{i}", **shared
             )(x)
         x = _MidBlock(name="mid_block", **shared)(x)
-        x = nn.silu(self.norm("conv_norm_out")(x))
+        x = self.norm_out(x)
         moments = convolution.conv("conv_out", 2 * c.latent_channels, self.dtype)(x)
         if c.use_quant_conv:
             moments = convolution.conv(
@@ -81,7 +88,7 @@ class KLDecoder(_Part):
         last = len(c.block_out_channels) - 1
         for i, channels in enumerate(reversed(c.block_out_channels)):
             x = _UpBlock(channels=channels, upsample=i < last, name=f"up_blocks_{i}", **shared)(x)
-        x = nn.silu(self.norm("conv_norm_out")(x))
+        x = self.norm_out(x)
         return convolution.conv("conv_out", c.out_channels, jnp.float32)(x)
 
 

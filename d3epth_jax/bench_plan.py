@@ -1,0 +1,150 @@
+"""What `d3epth bench` is to measure: a list of jobs, once its arguments hold."""
+
+import argparse
+import difflib
+import importlib.util
+import json
+import os
+import pathlib
+import re
+from collections.abc import Sequence
+
+WHAT = ["predict", "stage2", "stage1", "pieces"]
+TRAINED = {"stage2": "d2_base", "stage1": "d3_light_small"}
+PACKAGES = ("torch", "diffusers", "transformers")
+
+
+def plan(args: argparse.Namespace, problems: Sequence[str] = ()) -> list[dict]:
+    """The measurements to make. Ends the program with every problem of the arguments, and these."""
+    from d3epth_jax.models import presets
+
+    problems = list(problems)
+    models = args.models or (list(presets.PRESETS) if args.all else [])
+    if not models:
+        problems.append("name a MODEL, or --all")
+    for model in models:
+        if not exists(model):
+            near = difflib.get_close_matches(model, presets.PRESETS, 1)
+            problems.append(
+                f"{model} is neither a model directory nor a preset ({', '.join(presets.PRESETS)})"
+                + (f": did you mean {near[0]}?" if near else "")
+            )
+    sizes = {}
+    for option in ("size", "train_size"):
+        text, flag = getattr(args, option), f"--{option.replace('_', '-')}"
+        found = re.fullmatch(r"(\d+)x(\d+)", text)
+        sizes[option] = [int(side) for side in found.groups()] if found else [0, 0]
+        if min(sizes[option]) < 8:
+            problems.append(f"{flag} {text}: height x width is expected, such as 576x768")
+        elif option == "train_size" and any(side % 8 for side in sizes[option]):
+            problems.append(f"{flag} {text}: training takes multiples of 8")
+    counts = {"--runs": args.runs, "--train-batch": args.train_batch}
+    counts |= {"--batch": min(args.batch)}
+    problems += [f"{key} must be at least 1, not {n}" for key, n in counts.items() if n < 1]
+    if args.micro and (args.micro < 1 or args.train_batch % args.micro):
+        problems.append(f"--micro {args.micro} does not divide --train-batch {args.train_batch}")
+    what = args.what
+    if set(what) - {"predict"} and not (args.all and "predict" in what):
+        problems += [
+            f"{model}: training and pieces are measured of presets"
+            for model in models
+            if model not in presets.PRESETS
+        ]
+    beside = []
+    for model in models:
+        try:
+            beside += [model] if _reads_depth(model) else []
+        except (OSError, ValueError) as error:
+            problems.append(f"{model} is not a whole model: {error}")
+    if args.compare:
+        problems += [
+            f"{model}: its UNet takes the RGB latent alone, which diffusers' pipeline does not run"
+            for model in models
+            if exists(model) and model not in beside
+        ]
+    absent = [package for package in PACKAGES if importlib.util.find_spec(package) is None]
+    if args.compare and absent:
+        problems.append(
+            f"--compare diffusers needs {', '.join(absent)}: pip install {' '.join(PACKAGES)}"
+        )
+    if args.resume and args.out is None:
+        problems.append("--resume goes on with what is in --out: give --out")
+    if args.out is not None:
+        there = next(path for path in (args.out, *args.out.parents) if os.path.lexists(path))
+        if not (os.path.isdir(there) and os.access(there, os.W_OK)):
+            problems.append(f"--out {args.out} cannot be made: {there} cannot be written to")
+    if problems:
+        args.fail("\n  ".join(["cannot measure:", *problems]))
+
+    folds = {"yes": [True], "no": [False], "both": [True, False]}[args.fold]
+    known = [model for model in models if model in presets.PRESETS]
+
+    def predictions(fold: bool) -> list[dict]:
+        return [
+            {
+                **{"what": "predict", "model": model, "size": sizes["size"], "batch": batch},
+                **{
+                    "runs": args.runs,
+                    "dtype": args.dtype,
+                    "fold": fold,
+                    "compared": model in compared and fold == folds[0],
+                },
+            }
+            for model in models
+            for batch in args.batch
+        ]
+
+    compared = models if args.compare else beside[:1] if args.all and not absent else []
+    # What matters most comes first: time on an accelerator may be short.
+    jobs = predictions(folds[0]) if "predict" in what else []
+    for stage, usual in TRAINED.items():
+        if stage in what:
+            one = known[:1] if stage == "stage2" else known[-1:]
+            one = [usual] if usual in known else one
+            jobs += [
+                {
+                    **{"what": stage, "model": model, "size": sizes["train_size"]},
+                    **{"batch": args.train_batch, "dtype": args.dtype, "runs": args.runs},
+                    **{"remat": not args.no_remat, "micro": args.micro},
+                }
+                for model in (one if args.all else known)
+            ]
+    if "pieces" in what:
+        jobs += [
+            {"what": "pieces", "model": model, "size": sizes["size"]}
+            for model in (known[:1] if args.all else known)
+        ]
+    return jobs + (predictions(folds[1]) if "predict" in what and folds[1:] else [])
+
+
+def exists(name: str) -> bool:
+    from d3epth_jax.models import presets
+
+    return name in presets.PRESETS or is_model(name)
+
+
+def _reads_depth(name: str) -> bool:
+    """Whether a UNet takes RGB and depth latent, which diffusers' pipeline always gives it."""
+    from d3epth_jax.models import presets
+
+    if is_model(name):
+        unet, vae = (
+            json.loads((_folder(name) / part / "config.json").read_text())
+            for part in ("unet", "vae")
+        )
+        return unet.get("in_channels", 4) == 2 * vae.get("latent_channels", 4)
+    if name not in presets.PRESETS:
+        return False
+    unet, autoencoder = presets.get(name)
+    return unet.in_channels == 2 * autoencoder.latent_channels
+
+
+def is_model(name: str) -> bool:
+    return (_folder(name) / "model_index.json").is_file()
+
+
+def _folder(name: str) -> pathlib.Path:
+    """Of a model in a directory, or of one that comes with the package."""
+    from d3epth_jax.weights.download import bundled
+
+    return bundled(name) or pathlib.Path(name)
