@@ -32,7 +32,6 @@ MEASURES = {
     "boundary_f1": Measure("F1", 4, 1),
     "real": Measure("AbsRel, real", 4, -1),
 }
-REFERENCES = {"constant": "constant", "ramp": "ramp", "model": "teacher"}
 NOTES = (
     "Mean ± standard deviation over seeds. Steps and MACs: of the arm's training with all that it"
     " goes on from; what the teacher computes in it counts, the teacher's own training does not."
@@ -113,16 +112,16 @@ def collect(
         found = {seed: scores for seed, scores in found.items() if scores}
         if found:
             rows[name] = {**dataclasses.asdict(arm), "scores": by_seed(found)}
-    reference = {
-        title: scores
-        for name, title in REFERENCES.items()
-        if (scores := read(workdir / "teacher", name))
-    }
-    protocols = [
-        json.loads(path.read_text())["protocol"]
+    evaluated = [
+        json.loads(path.read_text())
         for name in ("scenes", "real")
         if (path := workdir / "teacher" / name / "evaluation.json").is_file()
     ]
+    protocols = [each["protocol"] for each in evaluated]
+    reference = {  # baselines, and the teacher
+        "teacher" if name == "model" else name: read(workdir / "teacher", name)
+        for name in (evaluated[0]["mean"] if evaluated else ())
+    }
     pairs = [
         {
             "arm": arm,
@@ -240,7 +239,7 @@ def chart(content: Mapping) -> Image.Image:
     """A panel for each measure, a row for the teacher and each arm: seeds, mean ± deviation."""
     font, small = ImageFont.load_default(16), ImageFont.load_default(13)
     rows = {row["title"]: row["scores"] for row in content["arms"].values()}
-    if teacher := content["reference"].get(REFERENCES["model"]):
+    if teacher := content["reference"].get("teacher"):
         rows = {"teacher": {measure: {"": value} for measure, value in teacher.items()}, **rows}
     shown = measures_of(content)
     left = 30 + int(max(font.getlength(title) for title in rows))

@@ -48,10 +48,11 @@ def add_bench(commands) -> None:
     add("--train-size", default="480x640", metavar="HxW", help="of pictures to train on")
     add("--batch", nargs="+", type=int, metavar="N", help="pictures at a time; default 1")
     add("--train-batch", type=int, default=32, metavar="N", help="pictures of an optimiser step")
+    add("--micro", type=int, default=0, metavar="N",
+        help="of these at a time; default: as many as fit, then as many of those as divide it; on"
+        " a CPU one")  # fmt: skip
     add("--dtype", choices=("float32", "bfloat16"), help="default float32; --all: bfloat16")
     add("--fold", choices=("yes", "no", "both"), help="default yes; --all: both")
-    add("--micro", type=int, default=0, metavar="N",
-        help="of these at a time; default: as many as fit, then as many as divide it")  # fmt: skip
     add("--no-remat", action="store_true", help="training keeps all activations")
     add("--compare", choices=("diffusers",), help="the same weights through it, alternating")
     add("--runs", type=int, default=7, metavar="N", help="the median of so many")
@@ -135,6 +136,7 @@ EXTENT = ("runs", "compared")  # more of them is as good
 
 def _is_of(row: dict, job: dict) -> bool:
     """Whether a row is of what a job measures, were it with fewer runs or without a comparison."""
+    row = {"micro": 0} | row  # of before there was --micro
     return {key: job[key] for key in job if key not in EXTENT}.items() <= row.items()
 
 

@@ -64,6 +64,7 @@ def name(row: dict) -> str:
     words = [row["what"], row["model"], f"{height}x{width}"]
     if row["what"] != "pieces":
         words += [f"batch {row['batch']}", row["dtype"]]
+        words += [f"{row['micro']} at a time"] if row.get("micro") else []
     if row["what"] == "predict":
         words.append("folded" if row["fold"] else "not folded")
     if "remat" in row:

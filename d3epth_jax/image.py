@@ -175,7 +175,10 @@ def resize_nearest_exact(array: np.ndarray, size: tuple[int, int]) -> np.ndarray
 
 
 def pad_to_multiple(array: np.ndarray, multiple: int = 8) -> tuple[np.ndarray, tuple[int, int]]:
-    """Repeat last row and column of [..., H, W, C] to a multiple; also returns the old (H, W)."""
+    """Repeat last row and column of [..., H, W, C] to a multiple; also returns the old (H, W).
+
+    What needs no padding is returned itself.
+    """
     height, width = array.shape[-3:-1]
     padding = [(0, 0)] * (array.ndim - 3) + [
         (0, -height % multiple),

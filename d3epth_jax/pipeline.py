@@ -178,10 +178,11 @@ class DepthPipeline:
         initial = self._initial_latents(shape, latents, key)
 
         model, params = self.networks(steps, latents)
-        program = functools.partial(_program, model, self.mesh, (batch_size, *cells))
-        encode, predict = program(_encode_picture), program(inference.predict_depth, steps)
         # Bytes are a quarter of what is to be copied, and the device makes numbers of them faster.
         as_bytes = inner == size and all(each.dtype == np.uint8 for each in pictures)
+        program = functools.partial(_program, model, self.mesh, (batch_size, *cells))
+        encode = program(_encode_bytes if as_bytes else inference.encode_image)
+        predict = program(inference.predict_depth, steps)
 
         def prepared(picture):
             if not as_bytes:
@@ -211,7 +212,7 @@ class DepthPipeline:
 
         def finished(maps):
             if not match_input_resolution or inner == size:
-                return maps
+                return np.ascontiguousarray(maps)  # what was padded is cut off
             return np.stack([image_lib.resize(each, size, antialias=False) for each in maps])
 
         return DepthOutput(
@@ -358,11 +359,9 @@ def _program(model: DepthModel, mesh, shape: tuple[int, int, int], function, *st
     return run
 
 
-def _encode_picture(model: DepthModel, params: Params, picture: jax.Array) -> jax.Array:
-    """The latent of pictures in [-1,1], or of their bytes."""
-    if picture.dtype == np.uint8:
-        picture = inference.to_float(picture)
-    return inference.encode_image(model, params, picture)
+def _encode_bytes(model: DepthModel, params: Params, picture: jax.Array) -> jax.Array:
+    """The latent of pictures uint8 [B,H,W,3]."""
+    return inference.encode_image(model, params, inference.to_float(picture))
 
 
 def _in_batches(function, batch_size: int, *arrays):

@@ -131,11 +131,12 @@ def test_no_more_logits_are_kept_for_the_backward_pass():
 @pytest.mark.parametrize(
     ("capability", "dtype", "depth", "keys", "masked", "fused"),
     [
-        ("8.0", jnp.bfloat16, 64, 20, False, True),
+        ("8.0", jnp.bfloat16, 64, 16, False, True),
         ("12.0", jnp.bfloat16, 128, 20, False, True),
         ("9.0", jnp.bfloat16, 136, 20, False, False),
         ("9.0", jnp.bfloat16, 60, 20, False, False),  # cudnn takes multiples of 8
         ("9.0", jnp.bfloat16, 64, 2, False, False),  # an empty prompt
+        ("9.0", jnp.bfloat16, 64, 15, False, False),
         ("9.0", jnp.float32, 64, 20, False, False),
         ("9.0", jnp.bfloat16, 64, 20, True, False),
         ("7.5", jnp.bfloat16, 64, 20, False, False),  # as Colab's T4

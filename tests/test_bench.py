@@ -378,6 +378,19 @@ def test_rematerialisation_is_part_of_a_measurement(measured, tmp_path):
     assert sorted(line[column] for line in cells[-2:]) == ["no", "yes"]
 
 
+def test_rows_of_before_there_was_micro_are_gone_on_with(measured, tmp_path):
+    args = ["bench", "d3_fast", "--what", "stage2", "--out", str(tmp_path), "--resume"]
+    assert cli.main(args) == 0
+    path = tmp_path / "bench.json"
+    saved = json.loads(path.read_text())
+    assert saved["rows"][0].pop("micro") == 0
+    path.write_text(json.dumps(saved))
+    assert cli.main(args) == 0
+    assert saved_rows(tmp_path) == saved["rows"]
+    assert cli.main([*args, "--micro", "4"]) == 0
+    assert [bench_report.name(row).count("4 at a time") for row in saved_rows(tmp_path)] == [0, 1]
+
+
 def test_model_directories_are_predicted_with_and_what_says_what(measured, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     model = small_model(STUDENT)

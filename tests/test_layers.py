@@ -99,14 +99,55 @@ def test_group_norm_is_linens_and_so_is_its_gradient(dtype, silu):
         )
 
 
-def test_group_norm_of_a_large_mean_and_of_a_constant_map():
-    x = 1000 + random(1, 40, 50, 8, scale=0.1)
+def large_mean(rng):
+    return 1000 + 0.1 * rng.standard_normal((1, 40, 50, 8))
+
+
+def unlike_the_cells_that_are_taken_for_the_mean(rng):
+    x = rng.standard_normal((1, 40, 50, 8))
+    x[:, ::8, ::8] = 1000
+    return x
+
+
+def one_cell(rng):
+    return 100 + rng.standard_normal((3, 1, 1, 8))
+
+
+def channels_far_apart(rng):
+    return 1000 * np.arange(8) + rng.standard_normal((2, 9, 7, 8))
+
+
+@pytest.mark.parametrize(
+    "make",
+    [large_mean, unlike_the_cells_that_are_taken_for_the_mean, one_cell, channels_far_apart],
+)
+def test_group_norm_and_its_gradient_are_float64s_to_rounding(make):
+    x = np.asarray(make(np.random.default_rng(0)), np.float32)
+    cotangent = np.random.default_rng(1).standard_normal(x.shape).astype(np.float32)
     module = layers.group_norm(None, 4, 1e-6, jnp.float32)
     params = {"params": {"scale": jnp.ones(8), "bias": jnp.zeros(8)}}
-    exact = np.asarray(x, np.float64).reshape(2000, 4, 2)
-    exact = (exact - exact.mean((0, 2), keepdims=True)) / exact.std((0, 2), keepdims=True)
-    np.testing.assert_allclose(module.apply(params, x).reshape(exact.shape), exact, atol=2e-3)
-    constant = jnp.full((1, 4, 4, 8), 7.0)
-    np.testing.assert_array_equal(module.apply(params, constant), 0)
+    got, pullback = jax.vjp(module.apply, params, x)
+    of_params, of_x = pullback(cotangent)
+
+    groups = np.asarray(x, np.float64).reshape(len(x), -1, 4, 2)
+    c = np.asarray(cotangent, np.float64).reshape(groups.shape)
+    inverse = (groups.var((1, 3), keepdims=True) + 1e-6) ** -0.5
+    normal = (groups - groups.mean((1, 3), keepdims=True)) * inverse
+    along = (c * normal).mean((1, 3), keepdims=True)
+    expected = inverse * (c - c.mean((1, 3), keepdims=True) - normal * along)
+    np.testing.assert_allclose(got, normal.reshape(x.shape), atol=3e-5)
+    size = np.abs(inverse * c).max()  # of what is subtracted from each other
+    np.testing.assert_allclose(of_x, expected.reshape(x.shape), atol=3e-5 * size)
+    of_scale = (c * normal).sum((0, 1)).reshape(-1)
+    np.testing.assert_allclose(
+        of_params["params"]["scale"], of_scale, atol=3e-5 * np.abs(c * normal).sum()
+    )
+
+
+def test_group_norm_of_a_constant_map_is_zero():
+    module = layers.group_norm(None, 4, 1e-6, jnp.float32)
+    params = {"params": {"scale": jnp.ones(8), "bias": jnp.zeros(8)}}
+    constant = jnp.full((1, 20, 30, 8), 0.1)
+    np.testing.assert_allclose(module.apply(params, constant), 0, atol=1e-4)
     gradient = jax.grad(lambda x: module.apply(params, x)[0, 0, 0, 0])(constant)
     assert jnp.isfinite(gradient).all()

@@ -14,7 +14,7 @@ from PIL import Image
 
 import d3epth_jax
 from d3epth_jax import image as image_lib
-from d3epth_jax import inference
+from d3epth_jax import inference, pipeline
 from d3epth_jax.models.depth_model import abstract_params, init_params
 from d3epth_jax.weights import hub
 from tests.conftest import scenes, small_model, small_unet
@@ -138,6 +138,22 @@ def test_pictures_that_need_no_resizing_are_copied_as_bytes(saved, monkeypatch):
         out = pipe(pictures, batch_size=2).prediction
         assert types[0] == expected
         out[:] = 0  # the caller's own
+
+
+def test_bytes_and_numbers_have_programs_of_their_own(saved):
+    pipe = d3epth_jax.DepthPipeline.from_pretrained(saved)
+    programs = pipeline._program
+    a, b = scenes(1)["image"][0], scenes(1, height=64, width=96)["image"][0]
+    for picture, more in ((a, 2), (b, 1), (a, 0)):  # encode and predict, another encode, none
+        before = programs.cache_info().misses
+        pipe(picture)
+        assert programs.cache_info().misses == before + more
+
+
+def test_what_was_padded_is_cut_off_and_not_kept(saved):
+    pipe = d3epth_jax.DepthPipeline.from_pretrained(saved)
+    out = pipe(scenes(1, height=37, width=45)["image"], processing_resolution=0).prediction
+    assert out.shape == (1, 37, 45, 1) and out.flags.c_contiguous and out.base is None
 
 
 def test_drawn_latents_do_not_depend_on_the_place_in_a_list():

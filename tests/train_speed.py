@@ -22,17 +22,23 @@ WAYS = ("ours", "torch", "torch, channels_last")
 
 
 def main(rounds: int = 5, parts: bool = False) -> dict[str, float]:
-    """Prints seconds and ratios torch / ours, of the faster of torch's layouts; returns these."""
-    ratios, where = {}, place()
+    """Prints seconds and ratios torch / ours, of the faster of torch's layouts.
+
+    Returns the ratios by name, and what is wanted of the step's.
+    """
+    ratios = {}
     # Tests set flags under which programs are not optimised.
     env = {"XLA_FLAGS": "", "XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
     with contextlib.ExitStack() as stack:
         stack.callback(os.sched_setaffinity, 0, os.sched_getaffinity(0))
-        if where == "cpu":
+        if not shutil.which("nvidia-smi"):
             os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:2])  # the workers inherit it
         workers = {way: stack.enter_context(Worker("tests.train_step", env)) for way in WAYS}
-        for way, worker in workers.items():
-            names = worker.ask("open", way=way, parts=parts)["names"]
+        opened = {way: each.ask("open", way=way, parts=parts) for way, each in workers.items()}
+        devices = {way: each["device"] for way, each in opened.items()}
+        if len(set(devices.values())) > 1:
+            raise RuntimeError(f"not all compute on the same kind of device: {devices}")
+        names = opened["ours"]["names"]
         for name in names:
             for worker in workers.values():
                 worker.ask("run", name=name)  # compiles
@@ -52,13 +58,9 @@ def main(rounds: int = 5, parts: bool = False) -> dict[str, float]:
                 file=sys.stderr,
                 flush=True,
             )
-    print(f"wanted of the step on a {where}: {WANTED[where]}", file=sys.stderr)
-    return ratios
-
-
-def place() -> str:
-    """Where JAX and torch compute, "cpu" or "gpu", without starting either."""
-    return "gpu" if shutil.which("nvidia-smi") else "cpu"
+    wanted = WANTED[devices["ours"]]
+    print(f"wanted of the step on a {devices['ours']}: {wanted}", file=sys.stderr)
+    return ratios | {"wanted": wanted}
 
 
 def ratio(seconds: dict[str, float]) -> float:

@@ -95,9 +95,10 @@ def torchs(parts: bool, channels_last: bool) -> dict:
 
     from tests.cache_speed import quarter
 
-    torch.set_num_threads(2)
-    torch.manual_seed(0)
     device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cpu":
+        torch.set_num_threads(2)
+    torch.manual_seed(0)
     torch.backends.cuda.matmul.allow_tf32 = True  # as XLA does it
     model = quarter("d2_base")
     unet = diffusers.UNet2DConditionModel.from_config(model.unet.to_dict()).train()
@@ -173,17 +174,28 @@ def torchs(parts: bool, channels_last: bool) -> dict:
     return runs | {name: lambda f=f: (f(), wait()) for name, f in calls.items()}
 
 
+def device_of(way: str) -> str:
+    if way == "ours":
+        import jax
+
+        return jax.default_backend()
+    import torch
+
+    return "gpu" if torch.cuda.is_available() else "cpu"
+
+
 class Step:
     """One way to compute the step; the methods are the requests."""
 
     def open(self, way: str, parts: bool) -> dict:
+        """Names of what can be run, and the kind of device that it runs on."""
         make = {
             "ours": ours,
             "torch": lambda parts: torchs(parts, channels_last=False),
             "torch, channels_last": lambda parts: torchs(parts, channels_last=True),
         }[way]
         self.runs = make(parts)
-        return {"names": list(self.runs)}
+        return {"names": list(self.runs), "device": device_of(way)}
 
     def run(self, name: str) -> dict:
         wall, processor = time.perf_counter(), time.process_time()

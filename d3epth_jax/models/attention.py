@@ -5,7 +5,7 @@ import jax.numpy as jnp
 
 # Logits that are held at a time: on a CPU about as many as its caches hold.
 MAX_LOGITS = {"cpu": 2**20, "accelerator": 2**27}
-FUSED_MIN_KEYS = 16  # of a prompt of two tokens cuDNN's tile would be almost empty
+FUSED_MIN_KEYS = 16  # a fused kernel's tile of 64 or 128 keys would be almost empty
 
 
 def attention(
