@@ -173,6 +173,7 @@ class DepthPipeline:
         pictures = _as_list(images)
         size = pictures[0].shape[:2]
         inner = image_lib.processing_size(*size, resolution, self.model.processing_aspect)
+        self._tell_of_other_shapes(inner)
         cells = tuple(-(-side // self.model.downsample) for side in inner)
         shape = len(pictures), ensemble_size, *cells, self.model.autoencoder.latent_channels
         initial = self._initial_latents(shape, latents, key)
@@ -279,13 +280,6 @@ class DepthPipeline:
 
         if zeros:
             _tell(self.model, logging.INFO, "the model starts from zero latents")
-        if resolution == 0 and self.model.processing_aspect is not None:
-            notice = (
-                f"pictures in their own size, but the model was trained on"
-                f" {self.model.processing_aspect:.3g}:1 alone, at most"
-                f" {self.model.processing_resolution} pixels"
-            )
-            _tell(self.model, logging.WARNING, notice)
         if key is not None and (zeros or latents is not None):
             _tell(self.model, logging.WARNING, "the seed (`key`) has no effect: nothing is drawn")
         if zeros and steps > 1 and self.model.denoising_steps == 1:
@@ -298,6 +292,14 @@ class DepthPipeline:
                 " 'trailing'"
             )
             _tell(self.model, logging.WARNING, notice)
+
+    def _tell_of_other_shapes(self, size: tuple[int, int]) -> None:
+        """Logs it where a model of one shape of pictures is to see another one, once per model."""
+        aspect, longest = self.model.processing_aspect, self.model.processing_resolution
+        if None in (aspect, longest) or size == image_lib.processing_size(*size, longest, aspect):
+            return
+        notice = f"the model was trained on pictures of {aspect:.3g}:1 alone, {longest} pixels long"
+        _tell(self.model, logging.WARNING, f"{notice}: it is given others")
 
     def networks(self, num_inference_steps: int, latents=None) -> tuple[DepthModel, Params]:
         """What a call with these arguments computes with: the model, and parameters on the devices.

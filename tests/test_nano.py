@@ -68,8 +68,9 @@ def test_bundled_models_have_the_presets_shapes(name, preset):
 
 def test_native_size_is_warned_of(caplog):
     pipeline._tell.cache_clear()  # it tells everything once
-    DepthPipeline.from_pretrained("nano").check(processing_resolution=0)
-    assert "trained on 1.33:1 alone, at most 128 pixels" in caplog.text
+    picture = np.zeros((64, 64, 3), np.uint8)
+    DepthPipeline.from_pretrained("nano")(picture, processing_resolution=0)
+    assert "trained on pictures of 1.33:1 alone, 128 pixels long" in caplog.text
 
 
 def scores(source, protocol, num_images):

@@ -105,6 +105,20 @@ def test_model_of_one_aspect_sees_stretched_pictures(tmp_path):
     assert pipe(picture, match_input_resolution=False).prediction.shape == (1, 32, 48, 1)
 
 
+def test_a_model_of_one_shape_says_when_it_sees_another(caplog):
+    model = small_model(processing_resolution=48, processing_aspect=1.5)
+    pipe = d3epth_jax.DepthPipeline(model, init_params(model, 0))
+    with caplog.at_level(logging.WARNING):
+        pipe(scenes(1, height=24, width=80)["image"])  # stretched
+        pipe(scenes(1, height=32, width=48)["image"], processing_resolution=0)  # its own shape
+        assert not caplog.records
+        for _ in range(2):
+            pipe(scenes(1, height=24, width=80)["image"], processing_resolution=0)
+    assert [record.message for record in caplog.records] == [
+        "the model was trained on pictures of 1.5:1 alone, 48 pixels long: it is given others"
+    ]
+
+
 def test_pictures_of_several_number_types_in_one_batch(saved):
     pipe = d3epth_jax.DepthPipeline.from_pretrained(saved)
     a, b, c = scenes(3)["image"]
