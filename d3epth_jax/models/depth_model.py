@@ -2,6 +2,7 @@
 
 import dataclasses
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 
 import jax
 import jax.numpy as jnp
@@ -136,7 +137,9 @@ def init_params(model: DepthModel, seed: int) -> Params:
         value = 1 if names[-1] == "scale" else 0
         return np.full(abstract.shape, value, np.float32)
 
-    params = jax.tree_util.tree_map_with_path(initial, abstract_params(model))
+    leaves, structure = jax.tree_util.tree_flatten_with_path(abstract_params(model))
+    with ThreadPoolExecutor() as pool:  # NumPy draws outside of Python's lock
+        params = structure.unflatten(pool.map(lambda leaf: initial(*leaf), leaves))
     # What the depth latent, always zero here, would do in diffusers, where it is random: nothing.
     latent = model.autoencoder.latent_channels
     params["unet"]["conv_in"]["kernel"][:, :, latent:] = 0
