@@ -79,42 +79,46 @@ def plan(args: argparse.Namespace, problems: Sequence[str] = ()) -> list[dict]:
     folds = {"yes": [True], "no": [False], "both": [True, False]}[args.fold]
     known = [model for model in models if model in presets.PRESETS]
 
-    def predictions(fold: bool) -> list[dict]:
+    compared = models if args.compare else beside[:1] if args.all and not absent else []
+
+    def predictions(models: Sequence[str], fold: bool) -> list[dict]:
         return [
             {
                 **{"what": "predict", "model": model, "size": sizes["size"], "batch": batch},
-                **{
-                    "runs": args.runs,
-                    "dtype": args.dtype,
-                    "fold": fold,
-                    "compared": model in compared and fold == folds[0],
-                },
+                **{"dtype": args.dtype, "fold": fold, "runs": args.runs},
+                "compared": model in compared and fold == folds[0],
             }
             for model in models
             for batch in args.batch
+            if "predict" in what
         ]
 
-    compared = models if args.compare else beside[:1] if args.all and not absent else []
-    # What matters most comes first: time on an accelerator may be short.
-    jobs = predictions(folds[0]) if "predict" in what else []
-    for stage, usual in TRAINED.items():
-        if stage in what:
-            one = known[:1] if stage == "stage2" else known[-1:]
-            one = [usual] if usual in known else one
-            jobs += [
-                {
-                    **{"what": stage, "model": model, "size": sizes["train_size"]},
-                    **{"batch": args.train_batch, "dtype": args.dtype, "runs": args.runs},
-                    **{"remat": not args.no_remat, "micro": args.micro},
-                }
-                for model in (one if args.all else known)
-            ]
-    if "pieces" in what:
-        jobs += [
-            {"what": "pieces", "model": model, "size": sizes["size"]}
-            for model in (known[:1] if args.all else known)
+    def training(stage: str) -> list[dict]:
+        one = known[:1] if stage == "stage2" else known[-1:]
+        one = [TRAINED[stage]] if TRAINED[stage] in known else one
+        return [
+            {
+                **{"what": stage, "model": model, "size": sizes["train_size"]},
+                **{"batch": args.train_batch, "dtype": args.dtype, "runs": args.runs},
+                **{"remat": not args.no_remat, "micro": args.micro},
+            }
+            for model in (one if args.all else known)
+            if stage in what
         ]
-    return jobs + (predictions(folds[1]) if "predict" in what and folds[1:] else [])
+
+    pieces = [
+        {"what": "pieces", "model": model, "size": sizes["size"]}
+        for model in (known[:1] if args.all else known)
+        if "pieces" in what
+    ]
+    # What matters most comes first: time on an accelerator may be short.
+    return [
+        *predictions(models[:1], folds[0]),
+        *(job for stage in TRAINED for job in training(stage)),
+        *predictions(models[1:], folds[0]),
+        *(job for fold in folds[1:] for job in predictions(models, fold)),
+        *pieces,
+    ]
 
 
 def exists(name: str) -> bool:

@@ -279,7 +279,15 @@ def test_all_is_everything_an_accelerator_is_to_show(measured, tmp_path, monkeyp
     monkeypatch.chdir(tmp_path)
     assert cli.main(["bench", "--all"]) == 0
     jobs = json.loads((tmp_path / "bench/bench.json").read_text())["rows"]
-    assert jobs[0]["fold"] and not jobs[-1]["fold"]
+    first = [(job["what"], job["model"], job.get("fold")) for job in jobs[:5]]
+    assert first == [
+        ("predict", "d2_base", True),
+        ("predict", "d2_base", True),
+        ("stage2", "d2_base", None),
+        ("stage1", "d3_light_small", None),
+        ("predict", "d3_base", True),
+    ]
+    assert not jobs[-2]["fold"]
     predicted = [job for job in jobs if job["what"] == "predict"]
     assert len(predicted) == len(presets.PRESETS) * 2 * 2
     assert {job["dtype"] for job in jobs if "dtype" in job} == {"bfloat16"}
