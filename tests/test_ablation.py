@@ -245,7 +245,10 @@ def test_ablation_runs_from_nothing_to_the_tables_and_goes_on(
     main.run_job(run, workdir)
     told = capsys.readouterr().out
     content = json.loads((workdir / "ablation.json").read_text())
-    assert list(content["reference"]) == ["constant", "ramp", "teacher"]
+    trivial = [
+        f"{name}{space}" for name in ("constant", "ramp") for space in ("", " in sqrt_disparity")
+    ]
+    assert list(content["reference"]) == [*trivial, "teacher"]
     assert list(content["arms"]) == list(config.order)
     arms = content["arms"]
     assert [len(arm["scores"]["real"]) for arm in arms.values()] == [2, 1, 1, 1, 1]
