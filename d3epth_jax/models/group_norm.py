@@ -1,9 +1,9 @@
 """GroupNorm (Wu and He 2018) with the SiLU that mostly follows it, and their gradient as one.
 
 Both are bound by memory: what counts is how often a map is read and written. Linen's reduces over
-space and over a group's channels in one, which XLA vectorises on no device, and automatic
-differentiation keeps arrays as large as the map for the SiLU. Here sums are taken by channel, and
-the backward pass computes all again from the input.
+space and over a group's channels in one, which is slow on a CPU, and for the SiLU automatic
+differentiation keeps arrays as large as the map. Here sums are taken by channel, and the backward
+pass computes the rest again from the input and its statistics.
 """
 
 import functools
