@@ -12,6 +12,9 @@ import json
 import pathlib
 import sys
 import tempfile
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from typing import Any, NamedTuple
 
 from d3epth_jax.bench_plan import WHAT, is_model, plan
 
@@ -56,6 +59,9 @@ def add_bench(commands) -> None:
     add("--no-remat", action="store_true", help="training keeps all activations")
     add("--compare", choices=("diffusers",), help="the same weights through it, alternating")
     add("--runs", type=int, default=7, metavar="N", help="the median of so many")
+    add("--ahead", type=int, default=1, metavar="N",
+        help="so many models are made ready together, in memory and compiled, before they are"
+        " measured one by one: where there are cores for it, much faster in all")  # fmt: skip
     add("--resume", action="store_true",
         help="keep what --out has, and measure what it has not; else it begins anew")  # fmt: skip
     add("--out", type=pathlib.Path, metavar="DIR",
@@ -75,15 +81,22 @@ def bench(args: argparse.Namespace) -> int:
     except ValueError as error:
         problems = [f"--resume: {error}"]
     jobs = plan(args, problems)
+    todo = []
+    for number, job in enumerate(jobs, 1):
+        label = f"[{number}/{len(jobs)}] {name(job)}"
+        if any(_is_of(row, job) and _is_enough(row, job) for row in rows if "error" not in row):
+            _say(f"{label} is there")
+        else:
+            todo.append((label, job))
     try:
-        for number, job in enumerate(jobs, 1):
-            before = [row for row in rows if _is_of(row, job)]
-            there = [row for row in before if "error" not in row and _is_enough(row, job)]
-            _say(f"[{number}/{len(jobs)}] {name(job)} {'is there' if there else '...'}")
-            now = there[0] if there else _measured(job, args) | _when()
-            failed |= "error" in now
-            rows = [row for row in rows if row not in before] + [now]
-            _save(args, rows)
+        for wave in _waves(todo, args.ahead):
+            with _ready_together(wave) as ready:
+                for (label, job), models in zip(wave, ready, strict=True):
+                    _say(f"{label} ...")
+                    now = _measured(job, args, *models) | _when()
+                    failed |= "error" in now
+                    rows = [row for row in rows if not _is_of(row, job)] + [now]
+                    _save(args, rows)
     except KeyboardInterrupt:
         if rows:
             _show(args, rows)
@@ -144,41 +157,99 @@ def _is_enough(row: dict, job: dict) -> bool:
     return all(row.get(key, 0) >= job.get(key, 0) for key in EXTENT)
 
 
-def _measured(job: dict, args: argparse.Namespace) -> dict:
+Todo = list[tuple[str, dict]]  # each job with its label
+
+
+def _waves(todo: Todo, ahead: int) -> Iterator[Todo]:
+    """What is made ready together: predictions, `ahead` of them. All else has the memory alone."""
+    wave = []
+    for label, job in todo:
+        alone = job["what"] != "predict" or job["compared"]
+        if wave and (alone or len(wave) == ahead):
+            yield wave
+            wave = []
+        wave.append((label, job))
+        if alone:
+            yield wave
+            wave = []
+    if wave:
+        yield wave
+
+
+@contextlib.contextmanager
+def _ready_together(wave: Todo) -> Iterator[list[list[Future]]]:
+    """Of each job what `_measured` takes beside it: the model made ready, or nothing of one alone.
+
+    A failure is in the Future: it is told when its turn comes.
+    """
+    if len(wave) == 1:
+        yield [[]]
+        return
+    # The workers end first, so that no thread is waited for that still waits for one.
+    with ThreadPoolExecutor(len(wave)) as pool, contextlib.ExitStack() as stack:
+        futures = []
+        for _, job in wave:
+            own = stack.enter_context(contextlib.ExitStack())
+            futures.append(pool.submit(_ready, job, own, True))
+        _say("\n".join(f"{label} is made ready" for label, _ in wave))
+        wait(futures)  # nothing else runs while one is measured
+        yield [[future] for future in futures]
+
+
+def _measured(job: dict, args: argparse.Namespace, *ready: Future) -> dict:
     """The job and what was found, or the `error`."""
     from d3epth_jax.bench_worker import WorkerError
 
     measure = {"predict": _predict, "pieces": _pieces}.get(job["what"], _train)
     try:
-        return job | measure(job, args)
+        return job | measure(job, args, *(future.result() for future in ready))
     except WorkerError as error:
         _say(f"    failed: {error}")
         return job | {"error": str(error)}
 
 
-def _predict(job: dict, args: argparse.Namespace) -> dict:
+class Ready(NamedTuple):
+    """A model that has run once, in a process that waits to be asked again."""
+
+    ours: Any
+    folder: pathlib.Path
+    saved: str  # the model's directory, where diffusers reads it
+    row: dict
+
+
+def _ready(job: dict, stack: contextlib.ExitStack, shares: bool) -> Ready:
+    """shares: the device's memory, with other processes."""
+    env = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"} if shares or job["compared"] else {}
+    ours = _worker(stack, "bench", env)
+    folder = pathlib.Path(stack.enter_context(tempfile.TemporaryDirectory()))
+    saved = str(folder / "model") if job["compared"] and not is_model(job["model"]) else ""
+    row = ours.ask(
+        "open",
+        model=job["model"],
+        size=job["size"],
+        batch=job["batch"],
+        dtype=job["dtype"],
+        folded=job["fold"],
+        save=saved,
+    )
+    # The first call compiles, the second still warms up; those that count follow without a pause.
+    row["first_s"] = ours.ask("run", save=str(folder / "ours.npy"))["seconds"]
+    row |= ours.ask("count")
+    ours.ask("run")
+    row["memory"] = ours.ask("memory")
+    for part in row["macs"] if shares else ():  # or their compilation would lie between
+        ours.ask("part", part=part)
+    return Ready(ours, folder, saved, row)
+
+
+def _predict(job: dict, args: argparse.Namespace, ready: Ready | None = None) -> dict:
     from d3epth_jax.bench_worker import WorkerError
 
     with contextlib.ExitStack() as stack:
-        env = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"} if job["compared"] else {}
-        ours = _worker(stack, "bench", env)
-        folder = pathlib.Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        saved = str(folder / "model") if job["compared"] and not is_model(job["model"]) else ""
-        row = ours.ask(
-            "open",
-            model=job["model"],
-            size=job["size"],
-            batch=job["batch"],
-            dtype=job["dtype"],
-            folded=job["fold"],
-            save=saved,
-        )
-        # The first call compiles, the second still warms up; the others follow without a pause.
-        row["first_s"] = ours.ask("run", save=str(folder / "ours.npy"))["seconds"]
-        row |= ours.ask("count")
-        ours.ask("run")
+        ours, folder, saved, row = ready or _ready(job, stack, False)
+        if ready:
+            ours.ask("run")  # it has waited
         row["seconds"] = [ours.ask("run")["seconds"] for _ in range(args.runs)]
-        row["memory"] = ours.ask("memory")
         row["matmul"] = ours.ask("matmul", dtype=job["dtype"])["flops"]
         row["parts"] = {
             part: [ours.ask("part", part=part)["seconds"] for _ in range(args.runs)]

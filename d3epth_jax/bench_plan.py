@@ -39,7 +39,7 @@ def plan(args: argparse.Namespace, problems: Sequence[str] = ()) -> list[dict]:
         elif option == "train_size" and any(side % 8 for side in sizes[option]):
             problems.append(f"{flag} {text}: training takes multiples of 8")
     counts = {"--runs": args.runs, "--train-batch": args.train_batch}
-    counts |= {"--batch": min(args.batch)}
+    counts |= {"--batch": min(args.batch), "--ahead": args.ahead}
     problems += [f"{key} must be at least 1, not {n}" for key, n in counts.items() if n < 1]
     if args.micro and (args.micro < 1 or args.train_batch % args.micro):
         problems.append(f"--micro {args.micro} does not divide --train-batch {args.train_batch}")

@@ -3,8 +3,10 @@
 import argparse
 import dataclasses
 import importlib.util
+import itertools
 import json
 import sys
+import threading
 
 import jax
 import numpy as np
@@ -245,6 +247,45 @@ def test_what_was_done_before_an_interrupt_stays(measured, tmp_path, capsys):
     assert cli.main(args) == 1
 
 
+def test_models_made_ready_together_are_measured_one_by_one(monkeypatch, tmp_path, capsys):
+    """All of a wave have run before the first is measured, and one that fails fails alone."""
+    asked, sharing, lock = [], {}, threading.Lock()
+
+    class FakeWorker:
+        def __init__(self, env):
+            self.env = env
+
+        def ask(self, do, **request):
+            if do == "open":
+                self.name = f"{request['model']} {request['batch']}"
+                sharing[self.name] = self.env.get("XLA_PYTHON_CLIENT_PREALLOCATE") == "false"
+                if self.name == "d3_tiny 2":
+                    raise WorkerError("no memory")
+            with lock:
+                asked.append((self.name, do, request.get("part")))
+            return {**ROW, **ROW["memory"], "steps": 1, "seconds": 0.5, "flops": 1e12}
+
+    made = lambda _, module, env: FakeWorker(env)  # noqa: E731
+    monkeypatch.setattr(bench_cli, "_worker", made)
+    models = ["d3_fast", "d3_tiny", "d3_base"]
+    args = ["bench", *models, "--batch", "1", "2", "--ahead", "5", "--runs", "2"]
+    assert cli.main([*args, "--out", str(tmp_path)]) == 1
+    told = capsys.readouterr()
+    assert "d3_tiny 576x768 batch 2 float32 folded: no memory" in told.out
+    rows = json.loads((tmp_path / "bench.json").read_text())["rows"]
+    assert [(row["model"], row["batch"]) for row in rows] == [
+        (m, b) for m in models for b in (1, 2)
+    ]
+    first = ("open", None), ("run", None), ("count", None), ("run", None), ("memory", None)
+    first += tuple(("part", part) for part in ROW["macs"])
+    wave, rest = asked[: 4 * len(first)], asked[4 * len(first) :]
+    for name in ("d3_fast 1", "d3_fast 2", "d3_tiny 1", "d3_base 1"):
+        assert [(do, part) for who, do, part in wave if who == name] == list(first)
+    assert [name for name, shares in sharing.items() if not shares] == ["d3_base 2"]
+    turns = [who for who, _ in itertools.groupby(who for who, _, _ in rest)]
+    assert turns == ["d3_fast 1", "d3_fast 2", "d3_tiny 1", "d3_base 1", "d3_base 2"]
+
+
 def test_all_problems_are_told_at_once(monkeypatch, capsys, tmp_path):
     (tmp_path / "file").write_text("")
     found = importlib.util.find_spec
@@ -256,7 +297,7 @@ def test_all_problems_are_told_at_once(monkeypatch, capsys, tmp_path):
             [
                 *("bench", "d3_fsat", "d3_nano", "--size", "576", "--train-size", "60x60"),
                 *("--runs", "0", "--compare", "diffusers", "--batch", "0"),
-                *("--micro", "5", "--out", str(tmp_path / "file")),
+                *("--ahead", "0", "--micro", "5", "--out", str(tmp_path / "file")),
             ]
         )
     assert error.value.code == 2
@@ -268,6 +309,7 @@ def test_all_problems_are_told_at_once(monkeypatch, capsys, tmp_path):
         "--train-size 60x60: training takes multiples of 8",
         "--runs must be at least 1",
         "--batch must be at least 1",
+        "--ahead must be at least 1",
         "--micro 5 does not divide --train-batch 32",
         "needs torch: pip install torch diffusers transformers",
         "file cannot be made",
@@ -376,7 +418,7 @@ def test_rematerialisation_is_part_of_a_measurement(measured, tmp_path):
     for more in ([], ["--no-remat"], []):
         assert cli.main([*args, *more]) == 0
     rows = saved_rows(tmp_path)
-    assert [row["remat"] for row in rows] == [False, True]
+    assert [row["remat"] for row in rows] == [True, False]
     step = {"micro": 2, "accumulate": 1, "compile_s": 1.0, "seconds": [0.5], "macs": 10**9}
     step["memory"] = {"bytes": 2**30}
     found = {"results": [step], "trained": 10**6, "matmul": 1e9}
