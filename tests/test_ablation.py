@@ -144,11 +144,12 @@ def test_config_holds_together(word):
 def test_flags_reach_every_arm():
     config = ablation_config.get_config()
     assert main.fill_in(config, "C").arms.stage2.train.autoencoder.path == "nano-teacher"
-    config.steps.update(base=8, student=6)
+    config.steps.update(scratch=8, student=6)
     config.update(teacher="A", real="B")
     config = main.fill_in(config, "C")
     steps = {name: config.arms[name].train.train.steps for name in config.order}
-    assert [steps[name] for name in ("full_base", "stage1", "stage1_half", "both")] == [8, 6, 3, 3]
+    assert [steps[name] for name in ("depth", "stage1", "stage1_half", "both")] == [8, 6, 3, 3]
+    assert config.arms.full_ssi.train.init == "A"
     assert config.arms.stage1.train.teacher.path == config.cache.teacher.path == "A"
     assert config.arms.stage2.train.autoencoder.path == "A"
     assert config.evaluations.real.eval.source.path == "B"
@@ -162,8 +163,8 @@ def test_settings_that_make_no_sense_are_told_at_once():
     config.order = ()
     with pytest.raises(ValueError, match="no arm to run"):
         ablation.check(config)
-    config.order = ("both", "nobody", "stage2_macs", "full_base", "full_ssi")
-    config.arms.full_base.seeds = 1
+    config.order = ("both", "nobody", "stage2_macs", "stage1_half", "frozen_decoder")
+    config.arms.stage1_half.seeds, config.arms.frozen_decoder.seeds = 1, 0
     config.seeds = (1, 1, 2)
     config.arms.both.train.schedule.schedule = "linear"
     with pytest.raises(ValueError) as raised:
@@ -172,7 +173,7 @@ def test_settings_that_make_no_sense_are_told_at_once():
         "seeds: ",
         "['nobody']",
         "'stage1_half' before it",
-        "arms.full_ssi has seeds that 'full_base' lacks",
+        "arms.frozen_decoder has seeds that 'stage1_half' lacks",
         "arms.both: unknown schedule",
     ):
         assert words in str(raised.value)
@@ -228,7 +229,7 @@ def test_ablation_runs_from_nothing_to_the_tables_and_goes_on(
     config.real = str(write_pairs(tmp_path / "pairs", 2))
     config.teacher = str(tmp_path / "teacher")
     hub.save_model(config.teacher, small, init_params(small, 0))
-    config.order = ("full_base", "stage1_half", "both", "stage1_macs", "cached")
+    config.order = ("full_ssi", "stage1_half", "both", "stage1_macs", "cached")
     for name in config.order[1:]:
         config.arms[name].seeds = 1
     workdir = tmp_path / "out"
@@ -252,9 +253,9 @@ def test_ablation_runs_from_nothing_to_the_tables_and_goes_on(
     assert list(content["arms"]) == list(config.order)
     arms = content["arms"]
     assert [len(arm["scores"]["real"]) for arm in arms.values()] == [2, 1, 1, 1, 1]
-    written = json.loads((workdir / "seed1/full_base/scenes/evaluation.json").read_text())
+    written = json.loads((workdir / "seed1/full_ssi/scenes/evaluation.json").read_text())
     score = written["mean"]["model"]["abs_rel"]
-    assert arms["full_base"]["scores"]["abs_rel"]["1"] == score
+    assert arms["full_ssi"]["scores"]["abs_rel"]["1"] == score
     assert arms["both"]["steps"] == 4 and arms["stage1_half"]["steps"] == 2
     assert arms["stage1_macs"]["macs"] == pytest.approx(arms["both"]["macs"], rel=0.2)
     # What the cache spares: the teacher's encoder and the latent's share of its UNet.
@@ -262,7 +263,7 @@ def test_ablation_runs_from_nothing_to_the_tables_and_goes_on(
     compared = {(pair["arm"], pair["against"]) for pair in content["comparisons"]}
     assert compared == {("both", "stage1_macs")}  # of what was run
     # Seeds are apart in weights and scenes; what goes on from an arm sees new scenes.
-    ran = [(0, "full_base"), (1, "full_base"), (0, "both")]
+    ran = [(0, "full_ssi"), (1, "full_ssi"), (0, "both")]
     configs = [json.loads((workdir / f"seed{s}/{n}/config.json").read_text()) for s, n in ran]
     assert [c["seed"] for c in configs] == [0, 1, 0]
     assert [c["data"]["source"]["seed"] for c in configs] == [10_001, 20_001, 12_501]
@@ -275,6 +276,6 @@ def test_ablation_runs_from_nothing_to_the_tables_and_goes_on(
     monkeypatch.setattr(evaluate, "run", killed)
     monkeypatch.setattr(train.Checkpoints, "save", killed)
     main.run_job(run, workdir)  # all is there: nothing is made again
-    run.arms.full_base.train.schedule.learning_rate *= 2
-    with pytest.raises(ValueError, match=r"seed0/full_base holds a run with other settings"):
+    run.arms.full_ssi.train.schedule.learning_rate *= 2
+    with pytest.raises(ValueError, match=r"seed0/full_ssi holds a run with other settings"):
         main.run_job(run, workdir)

@@ -7,18 +7,20 @@ Every arm is a training with a seed, evaluated on held-out scenes and, with --co
 real pictures; `comparisons` says which are compared, paired by seed. Writes ablation.{md,json,png}
 anew after every arm; interrupted, it goes on where it was.
 
-1. The full model (D^2). All arms start from one base of their seed, from scratch with the SSI loss
-   and what scratch needs beside it, a range and a sign: what pretrained weights are elsewhere. They
-   go on with the loss that the arm names and no other, as configs/d2.py. DWA also divides each loss
-   by its mean so far (METHOD 5): an arm with that alone tells the two apart.
+1. The full model (D^2). All arms go on from the teacher that comes with the package, which stands
+   for the pretrained weights of elsewhere, with the loss that the arm names and no other, as
+   configs/d2.py. DWA also divides each loss by its mean so far (METHOD 5): an arm with that alone
+   tells the two apart. What is compared is what each loss adds to, or takes from, a model whose
+   own training had edge and DWA.
 2. The student (D^3), of the teacher that comes with the package: either stage alone against both,
    with as many steps, and with as many MACs. Stage 2 alone starts as stage 1 does, a random UNet
    with blocks of the teacher's encoder and decoder. Stage 1 never trains the decoder, and the
    student's lacks blocks: it is also read by the teacher's whole one, always so at equal MACs.
-3. Single choices, of the first seed alone: nothing is claimed of them.
+3. Single choices, of the first seed alone: nothing is claimed of them. The target's space is
+   compared from scratch, with the SSI loss and the range and sign that scratch needs beside it.
 
---config.teacher=DIR distils another teacher; --config.seeds, --config.batch_size,
---config.steps.base and so on set the size, --config.order="('full_base','full_ssi')" the arms.
+--config.teacher=DIR takes another teacher; --config.seeds, --config.batch_size,
+--config.steps.scratch and so on set the size, --config.order="('full_ssi','full_dwa')" the arms.
 """
 
 from ml_collections import ConfigDict
@@ -44,7 +46,7 @@ COMPARISONS = (  # (arm, the one that it is held against)
     ("scratch", "stage2"),
     ("scratch", "both"),
     ("cached", "online"),
-    ("depth", "full_base"),
+    ("depth", "sqrt_disparity"),
     ("frozen_decoder", "both"),
 )
 
@@ -57,7 +59,7 @@ def get_config(argument: str | None = None) -> ConfigDict:
     config.cpu_devices = 2
     config.seeds = (0, 1) if tiny else (0, 1, 2)
     config.batch_size = 8
-    steps = {"base": 800, "full": 400, "student": 800}
+    steps = {"full": 400, "student": 800, "scratch": 800}
     config.steps = ConfigDict(dict.fromkeys(steps, 4) if tiny else steps)
     config.teacher = "nano-teacher"
     config.real = ""  # a folder of RGB-D pairs with an index
@@ -118,15 +120,10 @@ def evaluation(source: ConfigDict) -> ConfigDict:
 
 
 def full_arms(config: ConfigDict, tiny: bool) -> dict[str, ConfigDict]:
-    def base() -> ConfigDict:
-        job = train(config, nano.teacher(tiny), "base")
-        job.loss.beta.edge = 0.0
-        job.weighting.name = "static"
-        return job
-
     def further(edge: float, weighting: str) -> ConfigDict:
         job = train(config, nano.teacher(tiny), "full")
-        job.data.source.seed += AFTER
+        job.init = config.get_ref("teacher")
+        job.schedule.learning_rate = 3e-4  # less than what it was trained with
         job.loss.beta.update(edge=edge, range=0.0)
         job.loss.options.upright = False
         job.weighting.name = weighting
@@ -137,11 +134,10 @@ def full_arms(config: ConfigDict, tiny: bool) -> dict[str, ConfigDict]:
     normalized = further(edge, "dwa")
     normalized.weighting.dwa.ratio_clip = (1.0, 1.0)
     return {
-        "full_base": arm("D^2, base", base()),
-        "full_ssi": arm("D^2, SSI", further(0.0, "static"), after="full_base"),
-        "full_static": arm("D^2, SSI + edge", further(edge, "static"), after="full_base"),
-        "full_normalized": arm("D^2, SSI + edge, normalised", normalized, after="full_base"),
-        "full_dwa": arm("D^2, SSI + edge, DWA", further(edge, "dwa"), after="full_base"),
+        "full_ssi": arm("D^2, SSI", further(0.0, "static")),
+        "full_static": arm("D^2, SSI + edge", further(edge, "static")),
+        "full_normalized": arm("D^2, SSI + edge, normalised", normalized),
+        "full_dwa": arm("D^2, SSI + edge, DWA", further(edge, "dwa")),
     }
 
 
@@ -196,8 +192,13 @@ def single_arms(config: ConfigDict, tiny: bool) -> dict[str, ConfigDict]:
         job.teacher.cache = cached
         return job
 
-    depth = full_arms(config, tiny)["full_base"].train
-    depth.model.prediction_type = "depth"
+    def space(prediction_type: str) -> ConfigDict:
+        job = train(config, nano.teacher(tiny), "scratch")
+        job.loss.beta.edge = 0.0
+        job.weighting.name = "static"
+        job.model.prediction_type = prediction_type
+        return job
+
     frozen = refinement(config, tiny)
     frozen.trainable = ("unet/", "encoder/")
     return {
@@ -206,7 +207,8 @@ def single_arms(config: ConfigDict, tiny: bool) -> dict[str, ConfigDict]:
         ),
         "online": arm("D^3, stage 1 on files, half of the steps", on_files(""), seeds=1),
         "cached": arm("D^3, the same from the cache", on_files("{workdir}/cache"), seeds=1),
-        "depth": arm("D^2, base in depth", depth, seeds=1),
+        "sqrt_disparity": arm("D^2, from scratch", space("sqrt_disparity"), seeds=1),
+        "depth": arm("D^2, from scratch in depth", space("depth"), seeds=1),
         "frozen_decoder": arm(
             "D^3, both stages, decoder frozen", frozen, after="stage1_half", seeds=1
         ),
