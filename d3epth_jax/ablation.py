@@ -127,7 +127,7 @@ def seeds_of(config, name: str) -> tuple[int, ...]:
 
 
 def run_arm(config, workdir: pathlib.Path, name: str, seed: int) -> None:
-    """Trains and evaluates an arm with a seed: its first weights, its scenes and their order."""
+    """Trains and evaluates an arm with a seed: of its scenes, and of its weights if random."""
     arm, folder = config.arms[name], workdir / f"seed{seed}"
     log.info("arm %s, seed %d: %s", name, seed, arm.title)
     job = arm.train.copy_and_resolve_references()

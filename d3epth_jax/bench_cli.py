@@ -5,6 +5,7 @@ processes that are measured (bench_worker.py).
 """
 
 import argparse
+import collections
 import contextlib
 import datetime
 import functools
@@ -12,7 +13,7 @@ import json
 import pathlib
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import Any, NamedTuple
 
@@ -60,8 +61,10 @@ def add_bench(commands) -> None:
     add("--compare", choices=("diffusers",), help="the same weights through it, alternating")
     add("--runs", type=int, default=7, metavar="N", help="the median of so many")
     add("--ahead", type=int, default=1, metavar="N",
-        help="so many models are made ready together, in memory and compiled, before they are"
-        " measured one by one: where there are cores for it, much faster in all")  # fmt: skip
+        help="so many models (beside nothing) are read and compiled together, all in the device's"
+        " memory, before they are measured one by one: much faster where there are cores for it;"
+        " 'first call' says nothing then, and as XLA chooses kernels by timing them, hold a row"
+        " against one of --ahead 1")  # fmt: skip
     add("--resume", action="store_true",
         help="keep what --out has, and measure what it has not; else it begins anew")  # fmt: skip
     add("--out", type=pathlib.Path, metavar="DIR",
@@ -86,16 +89,24 @@ def bench(args: argparse.Namespace) -> int:
         label = f"[{number}/{len(jobs)}] {name(job)}"
         if any(_is_of(row, job) and _is_enough(row, job) for row in rows if "error" not in row):
             _say(f"{label} is there")
-        else:
+        elif job not in [other for _, other in todo]:
             todo.append((label, job))
+    if rows:
+        rows = _in_order(rows, jobs)
+        _save(args, rows)
+    waves = collections.deque(_waves(todo, args.ahead))
     try:
-        for wave in _waves(todo, args.ahead):
-            with _ready_together(wave) as ready:
-                for (label, job), models in zip(wave, ready, strict=True):
+        while waves:
+            wave = waves.popleft()
+            with _ready_together(wave) as models:
+                for (label, job), ready in zip(wave, models, strict=True):
                     _say(f"{label} ...")
-                    now = _measured(job, args, *models) | _when()
+                    now = _measured(job, args, *ready) | _when()
+                    if "error" in now and ready:  # alone it may find the memory
+                        waves.append([(label, job)])
+                        continue
                     failed |= "error" in now
-                    rows = [row for row in rows if not _is_of(row, job)] + [now]
+                    rows = _in_order([r for r in rows if not _is_of(r, job)] + [now], jobs)
                     _save(args, rows)
     except KeyboardInterrupt:
         if rows:
@@ -153,6 +164,11 @@ def _is_of(row: dict, job: dict) -> bool:
     return {key: job[key] for key in job if key not in EXTENT}.items() <= row.items()
 
 
+def _in_order(rows: list[dict], jobs: list[dict]) -> list[dict]:
+    """As the jobs are planned, after what is of none of them."""
+    return sorted(rows, key=lambda r: next((i for i, j in enumerate(jobs) if _is_of(r, j)), -1))
+
+
 def _is_enough(row: dict, job: dict) -> bool:
     return all(row.get(key, 0) >= job.get(key, 0) for key in EXTENT)
 
@@ -187,10 +203,12 @@ def _ready_together(wave: Todo) -> Iterator[list[list[Future]]]:
         return
     # The workers end first, so that no thread is waited for that still waits for one.
     with ThreadPoolExecutor(len(wave)) as pool, contextlib.ExitStack() as stack:
-        futures = []
-        for _, job in wave:
-            own = stack.enter_context(contextlib.ExitStack())
-            futures.append(pool.submit(_ready, job, own, True))
+        # Begun here: a thread would begin them after an interrupt too.
+        begun = [stack.enter_context(_begun(job, shares=True)) for _, job in wave]
+        futures = [
+            pool.submit(_made_ready, job, ready, len(wave))
+            for (_, job), ready in zip(wave, begun, strict=True)
+        ]
         _say("\n".join(f"{label} is made ready" for label, _ in wave))
         wait(futures)  # nothing else runs while one is measured
         yield [[future] for future in futures]
@@ -209,47 +227,70 @@ def _measured(job: dict, args: argparse.Namespace, *ready: Future) -> dict:
 
 
 class Ready(NamedTuple):
-    """A model that has run once, in a process that waits to be asked again."""
+    """A model in a process that waits to be asked."""
 
     ours: Any
     folder: pathlib.Path
-    saved: str  # the model's directory, where diffusers reads it
-    row: dict
+    saved: str  # the model's directory, where diffusers is to read it
+    row: dict  # what is known of it
+    close: Callable[[], None]
 
 
-def _ready(job: dict, stack: contextlib.ExitStack, shares: bool) -> Ready:
+@contextlib.contextmanager
+def _begun(job: dict, *, shares: bool) -> Iterator[Ready]:
     """shares: the device's memory, with other processes."""
-    env = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"} if shares or job["compared"] else {}
-    ours = _worker(stack, "bench", env)
-    folder = pathlib.Path(stack.enter_context(tempfile.TemporaryDirectory()))
-    saved = str(folder / "model") if job["compared"] and not is_model(job["model"]) else ""
-    row = ours.ask(
-        "open",
-        model=job["model"],
-        size=job["size"],
-        batch=job["batch"],
-        dtype=job["dtype"],
-        folded=job["fold"],
-        save=saved,
-    )
-    # The first call compiles, the second still warms up; those that count follow without a pause.
-    row["first_s"] = ours.ask("run", save=str(folder / "ours.npy"))["seconds"]
-    row |= ours.ask("count")
-    ours.ask("run")
-    row["memory"] = ours.ask("memory")
-    for part in row["macs"] if shares else ():  # or their compilation would lie between
-        ours.ask("part", part=part)
-    return Ready(ours, folder, saved, row)
+    with contextlib.ExitStack() as stack:
+        env = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"} if shares else {}
+        ours = _worker(stack, "bench", env)
+        folder = pathlib.Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        saved = str(folder / "model") if job["compared"] and not is_model(job["model"]) else ""
+        yield Ready(ours, folder, saved, {}, stack.close)
+
+
+def _made_ready(job: dict, ready: Ready, together: int = 1) -> Ready:
+    """Opened, counted and run twice; where several are made ready together also part by part."""
+    ours, row = ready.ours, ready.row
+    try:
+        row |= ours.ask(
+            "open",
+            model=job["model"],
+            size=job["size"],
+            batch=job["batch"],
+            dtype=job["dtype"],
+            folded=job["fold"],
+            save=ready.saved,
+        )
+        # The first call compiles, the second still warms up; those that count follow directly.
+        first = ours.ask("run", save=str(ready.folder / "ours.npy"))
+        row |= ours.ask("count")
+        ours.ask("run")
+        if together == 1:
+            row["first_s"] = first["seconds"]
+        else:
+            row["ahead"], row["memory"] = together, ours.ask("memory")
+            for part in row["macs"]:
+                ours.ask("part", part=part)
+    except BaseException:
+        ready.close()  # others need the memory
+        raise
+    return ready
 
 
 def _predict(job: dict, args: argparse.Namespace, ready: Ready | None = None) -> dict:
     from d3epth_jax.bench_worker import WorkerError
 
     with contextlib.ExitStack() as stack:
-        ours, folder, saved, row = ready or _ready(job, stack, False)
         if ready:
-            ours.ask("run")  # it has waited
+            stack.callback(ready.close)
+            for request in ({"do": "run"}, *({"do": "part", "part": p} for p in ready.row["macs"])):
+                ready.ours.ask(**request)  # it has waited
+        else:
+            begun = stack.enter_context(_begun(job, shares=job["compared"]))
+            ready = _made_ready(job, begun)
+        ours, folder, saved, row, _ = ready
         row["seconds"] = [ours.ask("run")["seconds"] for _ in range(args.runs)]
+        if "memory" not in row:
+            row["memory"] = ours.ask("memory")
         row["matmul"] = ours.ask("matmul", dtype=job["dtype"])["flops"]
         row["parts"] = {
             part: [ours.ask("part", part=part)["seconds"] for _ in range(args.runs)]

@@ -12,7 +12,8 @@ STEPS = {"stage2": 20_000, "stage1": 30_000}  # METHOD 7 and 8
 NOTES = {
     "predict": "GMACs: multiply-accumulates of convolutions and products, taps on the padding"
     " included. Latency: median of whole calls of the pipeline, uint8 picture in, depth out."
-    " MFU: 2 MACs / latency, of a large matrix product's measured speed in the same type.",
+    " MFU: 2 MACs / latency, of a large matrix product's measured speed in the same type. First"
+    " call: with compilation; - where others were compiled at the same time (--ahead).",
     "train": "Batches lie on the device: no loading of data. MFU: forward and gradients, without"
     " what is recomputed, of a large matrix product's measured speed. Hours: of METHOD's 20k"
     " (stage 2) and 30k (stage 1) steps.",
@@ -92,7 +93,7 @@ def _prediction(row: dict) -> list[str]:
         row["model"], _size(row), str(row["batch"]), row["dtype"], "yes" if row["fold"] else "no",
         f"{sum(row['params'].values()) / 1e6:.2f}",
         *(_giga(x) for x in (*macs, sum(macs))),
-        f"{row['first_s']:.1f}", f"{1e3 * seconds:.1f}", *parts,
+        f"{row['first_s']:.1f}" if "first_s" in row else "-", f"{1e3 * seconds:.1f}", *parts,
         f"{row['batch'] / seconds:.3g}",
         f"{100 * 2 * sum(row['macs'].values()) / seconds / row['matmul']:.1f}",
         _gib(row["memory"]),

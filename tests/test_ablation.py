@@ -144,7 +144,7 @@ def test_config_holds_together(word):
 def test_flags_reach_every_arm():
     config = ablation_config.get_config()
     assert main.fill_in(config, "C").arms.stage2.train.autoencoder.path == "nano-teacher"
-    config.steps.update(scratch=8, student=6)
+    config.steps.update(space=8, student=6)
     config.update(teacher="A", real="B")
     config = main.fill_in(config, "C")
     steps = {name: config.arms[name].train.train.steps for name in config.order}
@@ -262,7 +262,7 @@ def test_ablation_runs_from_nothing_to_the_tables_and_goes_on(
     assert arms["cached"]["step_macs"] < arms["stage1_half"]["step_macs"]
     compared = {(pair["arm"], pair["against"]) for pair in content["comparisons"]}
     assert compared == {("both", "stage1_macs")}  # of what was run
-    # Seeds are apart in weights and scenes; what goes on from an arm sees new scenes.
+    # Seeds are apart in scenes; what goes on from an arm sees new scenes.
     ran = [(0, "full_ssi"), (1, "full_ssi"), (0, "both")]
     configs = [json.loads((workdir / f"seed{s}/{n}/config.json").read_text()) for s, n in ran]
     assert [c["seed"] for c in configs] == [0, 1, 0]

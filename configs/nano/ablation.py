@@ -9,18 +9,21 @@ anew after every arm; interrupted, it goes on where it was.
 
 1. The full model (D^2). All arms go on from the teacher that comes with the package, which stands
    for the pretrained weights of elsewhere, with the loss that the arm names and no other, as
-   configs/d2.py. DWA also divides each loss by its mean so far (METHOD 5): an arm with that alone
-   tells the two apart. What is compared is what each loss adds to, or takes from, a model whose
-   own training had edge and DWA.
+   configs/d2.py. DWA also divides each loss by its mean in the first window (METHOD 5), which makes
+   more of the edge term: an arm with that alone tells the two apart. Gradients are not clipped:
+   weights of another size would be clipped more. A seed draws the scenes; all begin with the same
+   weights, which had edge and DWA in their own training.
 2. The student (D^3), of the teacher that comes with the package: either stage alone against both,
    with as many steps, and with as many MACs. Stage 2 alone starts as stage 1 does, a random UNet
    with blocks of the teacher's encoder and decoder. Stage 1 never trains the decoder, and the
    student's lacks blocks: it is also read by the teacher's whole one, always so at equal MACs.
+   A seed draws first weights and scenes.
 3. Single choices, of the first seed alone: nothing is claimed of them. The target's space is
-   compared from scratch, with the SSI loss and the range and sign that scratch needs beside it.
+   compared from scratch, with the SSI loss and the range and sign that scratch needs beside it;
+   each is fitted in its own space, which by itself favours disparity's root.
 
 --config.teacher=DIR takes another teacher; --config.seeds, --config.batch_size,
---config.steps.scratch and so on set the size, --config.order="('full_ssi','full_dwa')" the arms.
+--config.steps.full and so on set the size, --config.order="('full_ssi','full_dwa')" the arms.
 """
 
 from ml_collections import ConfigDict
@@ -36,6 +39,7 @@ WINDOW = 50  # steps of DWA's: its weights move after two of them
 COMPARISONS = (  # (arm, the one that it is held against)
     ("full_static", "full_ssi"),
     ("full_dwa", "full_ssi"),
+    ("full_normalized", "full_static"),
     ("full_dwa", "full_static"),
     ("full_dwa", "full_normalized"),
     ("both", "stage1"),
@@ -59,7 +63,7 @@ def get_config(argument: str | None = None) -> ConfigDict:
     config.cpu_devices = 2
     config.seeds = (0, 1) if tiny else (0, 1, 2)
     config.batch_size = 8
-    steps = {"full": 400, "student": 800, "scratch": 800}
+    steps = {"full": 400, "student": 800, "space": 800}
     config.steps = ConfigDict(dict.fromkeys(steps, 4) if tiny else steps)
     config.teacher = "nano-teacher"
     config.real = ""  # a folder of RGB-D pairs with an index
@@ -123,7 +127,8 @@ def full_arms(config: ConfigDict, tiny: bool) -> dict[str, ConfigDict]:
     def further(edge: float, weighting: str) -> ConfigDict:
         job = train(config, nano.teacher(tiny), "full")
         job.init = config.get_ref("teacher")
-        job.schedule.learning_rate = 3e-4  # less than what it was trained with
+        job.schedule.learning_rate = 1e-4  # it is trained already
+        job.optim.clip = 1e6
         job.loss.beta.update(edge=edge, range=0.0)
         job.loss.options.upright = False
         job.weighting.name = weighting
@@ -193,7 +198,7 @@ def single_arms(config: ConfigDict, tiny: bool) -> dict[str, ConfigDict]:
         return job
 
     def space(prediction_type: str) -> ConfigDict:
-        job = train(config, nano.teacher(tiny), "scratch")
+        job = train(config, nano.teacher(tiny), "space")
         job.loss.beta.edge = 0.0
         job.weighting.name = "static"
         job.model.prediction_type = prediction_type
@@ -207,7 +212,7 @@ def single_arms(config: ConfigDict, tiny: bool) -> dict[str, ConfigDict]:
         ),
         "online": arm("D^3, stage 1 on files, half of the steps", on_files(""), seeds=1),
         "cached": arm("D^3, the same from the cache", on_files("{workdir}/cache"), seeds=1),
-        "sqrt_disparity": arm("D^2, from scratch", space("sqrt_disparity"), seeds=1),
+        "sqrt_disparity": arm("D^2, from scratch in sqrt_disparity", space("sqrt_disparity"), seeds=1),
         "depth": arm("D^2, from scratch in depth", space("depth"), seeds=1),
         "frozen_decoder": arm(
             "D^3, both stages, decoder frozen", frozen, after="stage1_half", seeds=1
