@@ -212,7 +212,9 @@ def single_arms(config: ConfigDict, tiny: bool) -> dict[str, ConfigDict]:
         ),
         "online": arm("D^3, stage 1 on files, half of the steps", on_files(""), seeds=1),
         "cached": arm("D^3, the same from the cache", on_files("{workdir}/cache"), seeds=1),
-        "sqrt_disparity": arm("D^2, from scratch in sqrt_disparity", space("sqrt_disparity"), seeds=1),
+        "sqrt_disparity": arm(
+            "D^2, from scratch in sqrt_disparity", space("sqrt_disparity"), seeds=1
+        ),
         "depth": arm("D^2, from scratch in depth", space("depth"), seeds=1),
         "frozen_decoder": arm(
             "D^3, both stages, decoder frozen", frozen, after="stage1_half", seeds=1

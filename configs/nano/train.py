@@ -1,5 +1,6 @@
 """nano: the models that the package ships, trained from scratch on rendered scenes alone.
 
+    python -m d3epth_jax.main --config=configs/nano/train.py:long    # the shipped models: on a GPU
     python -m d3epth_jax.main --config=configs/nano/train.py         # 50 minutes on 2 CPU cores
     python -m d3epth_jax.main --config=configs/nano/train.py:tiny    # seconds: does it run at all?
 
@@ -16,6 +17,7 @@ from ml_collections import ConfigDict
 from configs import common
 
 HEIGHT, WIDTH = 96, 128
+LONG = {"teacher": (9600, 64), "stage1": (6000, 16), "stage2": (2400, 16)}  # steps, batch size
 PIXEL_ASPECTS = (0.5, 2.5)  # so that pictures from 2:3 to 10:3 may be stretched to that shape
 
 
@@ -99,11 +101,20 @@ def training(stage: str, *, steps: int, learning_rate: float, tiny: bool) -> Con
 
 
 def get_config(argument: str | None = None) -> ConfigDict:
-    tiny = common.word(argument, "tiny") == "tiny"
+    word = common.word(argument, "tiny", "long")
+    tiny = word == "tiny"
     config = ConfigDict()
-    config.workdir = "runs/nano_tiny" if tiny else "runs/nano"
+    config.workdir = f"runs/nano_{word}" if word else "runs/nano"
     config.cpu_devices = 2
     config.jobs = ("teacher", "stage1", "stage2", "evaluation")
     for job in (teacher, stage1, stage2, evaluation):
         config[job.__name__] = job(tiny)
+    for name, (steps, batch_size) in LONG.items() if word == "long" else ():
+        longer(config[name], steps, batch_size)
     return config
+
+
+def longer(config: ConfigDict, steps: int, batch_size: int) -> None:
+    config.train.steps, config.data.batch_size = steps, batch_size
+    config.eval.every = config.train.checkpoint_every = steps // 8
+    config.train.log_every = 100
