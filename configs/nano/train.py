@@ -1,6 +1,6 @@
 """nano: the models that the package ships, trained from scratch on rendered scenes alone.
 
-    python -m d3epth_jax.main --config=configs/nano/train.py:long    # the shipped models: on a GPU
+    python -m d3epth_jax.main --config=configs/nano/train.py:long    # those shipped: on a GPU
     python -m d3epth_jax.main --config=configs/nano/train.py         # 50 minutes on 2 CPU cores
     python -m d3epth_jax.main --config=configs/nano/train.py:tiny    # seconds: does it run at all?
 
@@ -17,7 +17,7 @@ from ml_collections import ConfigDict
 from configs import common
 
 HEIGHT, WIDTH = 96, 128
-LONG = {"teacher": (9600, 64), "stage1": (6000, 16), "stage2": (2400, 16)}  # steps, batch size
+LONG = {"teacher": (9600, 64), "stage1": (6000, 16), "stage2": (4800, 16)}  # steps, batch size
 PIXEL_ASPECTS = (0.5, 2.5)  # so that pictures from 2:3 to 10:3 may be stretched to that shape
 
 
