@@ -1,13 +1,10 @@
 """d3epth bench: what it measures, what it writes, and that nothing measured is lost."""
 
 import argparse
-import collections
 import dataclasses
 import importlib.util
-import itertools
 import json
 import sys
-import threading
 
 import jax
 import numpy as np
@@ -246,62 +243,6 @@ def test_what_was_done_before_an_interrupt_stays(measured, tmp_path, capsys):
     assert [row["model"] for row in rows] == ["d3_fast", "d3_tiny", "d3_base"]
     measured["d3_fast"] = {"error": "measured again"}
     assert cli.main(args) == 1
-
-
-def test_models_made_ready_together_are_measured_one_by_one(monkeypatch, tmp_path, capsys):
-    """All of a wave have run before the first is measured; what fails there is tried alone."""
-    asked, ended, tries, lock = [], [], collections.Counter(), threading.Lock()
-
-    class FakeWorker:
-        def __init__(self, env):
-            self.env = env
-
-        def __enter__(self):
-            return self
-
-        def __exit__(self, *_):
-            ended.append(self.name)
-
-        def ask(self, do, **request):
-            if do == "open":
-                self.name = f"{request['model']} {request['batch']}"
-                tries[self.name] += 1
-                shares = self.env.get("XLA_PYTHON_CLIENT_PREALLOCATE") == "false"
-                assert shares == (tries[self.name] == 1 and self.name != "d3_base 2")
-                if self.name == "d3_tiny 1" or (shares and self.name == "d3_tiny 2"):
-                    raise WorkerError("no memory")
-            with lock:
-                asked.append((self.name, do, request.get("part")))
-            known = {key: ROW[key] for key in ROW if key != "first_s"}
-            return {**known, **ROW["memory"], "steps": 1, "seconds": 0.5, "flops": 1e12}
-
-    monkeypatch.setattr(
-        bench_cli, "_worker", lambda stack, _, env: stack.enter_context(FakeWorker(env))
-    )
-    models = ["d3_fast", "d3_tiny", "d3_base"]
-    args = ["bench", *models, "--batch", "1", "2", "--ahead", "5", "--runs", "2"]
-    assert cli.main([*args, "--out", str(tmp_path)]) == 1
-    assert "d3_tiny 576x768 batch 1 float32 folded: no memory" in capsys.readouterr().out
-    rows = json.loads((tmp_path / "bench.json").read_text())["rows"]
-    found = {(row["model"], row["batch"]): row for row in rows}
-    assert list(found) == [(model, batch) for model in models for batch in (1, 2)]
-    together = [("d3_fast", 1), ("d3_fast", 2), ("d3_base", 1)]
-    assert [name for name, row in found.items() if row.get("ahead") == 5] == together
-    assert all("first_s" not in found[name] for name in together)
-    assert found["d3_tiny", 2]["first_s"] == 0.5
-
-    first = [("open", None), ("run", None), ("count", None), ("run", None), ("memory", None)]
-    first += [("part", part) for part in ROW["macs"]]
-    count = len(together) * len(first)
-    wave, rest = asked[:count], asked[count:]
-    names = ["d3_fast 1", "d3_fast 2", "d3_base 1"]
-    for name in names:
-        assert [(do, part) for who, do, part in wave if who == name] == first
-    turns = [who for who, _ in itertools.groupby(who for who, _, _ in rest)]
-    assert turns == [*names, "d3_base 2", "d3_tiny 2"]
-    failed = ["d3_tiny 1", "d3_tiny 2"]
-    assert sorted(ended[:2]) == failed, "they hold memory that others need"
-    assert ended[2:] == [*names, "d3_base 2", *failed]
 
 
 def test_all_problems_are_told_at_once(monkeypatch, capsys, tmp_path):
