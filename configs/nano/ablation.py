@@ -34,6 +34,7 @@ from configs.nano import train as nano
 FILES = common.PROCEDURAL_TEST + 2  # seed of the rendered scenes that are written to files
 AFTER = 500  # added to the scenes' seed of what goes on from another arm: it sees new ones
 
+WARMUP = 50  # steps: every arm has one, and two stages have two
 WINDOW = 50  # steps of DWA's: its weights move after two of them
 
 COMPARISONS = (  # (arm, the one that it is held against)
@@ -106,6 +107,7 @@ def train(config: ConfigDict, job: ConfigDict, steps: str, half: bool = False) -
     """A training of as many steps as `config.steps` says by then, evaluated at its end."""
     count = config.steps.get_ref(steps)
     job.train.steps = count // 2 if half else count
+    job.schedule.warmup_steps = WARMUP
     job.data.batch_size = config.get_ref("batch_size")
     job.eval.every = (job.train.get_ref("steps") + 3) // 4  # a learning curve
     for part in (job.teacher, job.autoencoder):
@@ -127,7 +129,7 @@ def full_arms(config: ConfigDict, tiny: bool) -> dict[str, ConfigDict]:
     def further(edge: float, weighting: str) -> ConfigDict:
         job = train(config, nano.teacher(tiny), "full")
         job.init = config.get_ref("teacher")
-        job.schedule.learning_rate = 1e-4  # it is trained already
+        job.schedule.learning_rate = 3e-5  # it is trained already: more undoes what it knows
         job.optim.clip = 1e6
         job.loss.beta.update(edge=edge, range=0.0)
         job.loss.options.upright = False
