@@ -1,7 +1,7 @@
 """How fast this package predicts and trains: `python -m d3epth_jax.bench` answers requests.
 
-`bench_cli` asks, one process for each line of the table (bench_worker.py). Weights of presets are
-random: they cost the same as any others.
+`bench_measure` asks, one process for each line of the table (bench_worker.py). Weights of presets
+are random: they cost the same as any others.
 """
 
 import functools

@@ -34,7 +34,7 @@ def document(machine: dict, rows: list[dict]) -> str:
 
 
 def markdown(rows: Iterable[dict]) -> str:
-    """All tables there are rows for; each row is what bench_cli made of one measurement."""
+    """All tables there are rows for; each row is what bench_measure made of one measurement."""
     rows = list(rows)
     predicted = _sorted(row for row in rows if "parts" in row)
     tables = [

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from d3epth_jax import bench, bench_cli, bench_report, cli, macs
+from d3epth_jax import bench, bench_measure, bench_report, cli, macs
 from d3epth_jax.bench_worker import Worker, WorkerError
 from d3epth_jax.models import presets
 from d3epth_jax.models.config import AutoencoderKLConfig
@@ -128,9 +128,9 @@ def test_the_accumulated_step_is_exactly_the_batch_in_a_process_of_its_own(
             micro, accumulate = (micro, batch // micro) if micro else (fits, 1)
             return {"result": {"micro": micro, "accumulate": accumulate}, "trained": 3}
 
-    monkeypatch.setattr(bench_cli, "_worker", lambda *_: FakeWorker())
+    monkeypatch.setattr(bench_measure, "_worker", lambda *_: FakeWorker())
     job = {"what": "stage2", "model": "d2_base", "size": [8, 8], "batch": batch, "remat": True}
-    row = bench_cli._train(job | {"dtype": "float32", "micro": micro}, arguments())
+    row = bench_measure._train(job | {"dtype": "float32", "micro": micro}, arguments())
     assert [micro for _, micro in seen] == asked and len({id(w) for w, _ in seen}) == len(asked)
     last = row["results"][-1]
     assert last["micro"] * last["accumulate"] == batch and row["trained"] == 3
@@ -191,8 +191,8 @@ def measured(monkeypatch):
             raise result
         return job | result
 
-    monkeypatch.setattr(bench_cli, "_measured", measure)
-    monkeypatch.setattr(bench_cli, "_device", bench.device)
+    monkeypatch.setattr(bench_measure, "measured", measure)
+    monkeypatch.setattr(bench_measure, "device", bench.device)
     return results
 
 
@@ -351,8 +351,8 @@ def test_resume_does_not_mix_machines(measured, tmp_path, capsys):
 
 
 def test_workers_tell_their_device():
-    bench_cli._device.cache_clear()
-    assert bench_cli._device() == bench.device()
+    bench_measure.device.cache_clear()
+    assert bench_measure.device() == bench.device()
 
 
 def test_rows_of_several_calls_say_which(measured, tmp_path, monkeypatch):

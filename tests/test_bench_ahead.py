@@ -5,7 +5,7 @@ import itertools
 import json
 import threading
 
-from d3epth_jax import bench_cli, cli
+from d3epth_jax import bench_measure, cli
 from d3epth_jax.bench_worker import WorkerError
 from tests.test_bench import ROW
 
@@ -38,7 +38,7 @@ def test_models_made_ready_together_are_measured_one_by_one(monkeypatch, tmp_pat
             return {**known, **ROW["memory"], "steps": 1, "seconds": 0.5, "flops": 1e12}
 
     monkeypatch.setattr(
-        bench_cli, "_worker", lambda stack, _, env: stack.enter_context(FakeWorker(env))
+        bench_measure, "_worker", lambda stack, _, env: stack.enter_context(FakeWorker(env))
     )
     models = ["d3_fast", "d3_tiny", "d3_base"]
     args = ["bench", *models, "--batch", "1", "2", "--ahead", "5", "--runs", "2"]

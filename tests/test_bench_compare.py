@@ -6,7 +6,7 @@ import sys
 
 import numpy as np
 
-from d3epth_jax import bench_cli, cli, macs
+from d3epth_jax import bench_measure, cli, macs
 from d3epth_jax.bench_worker import WorkerError, random_picture
 from tests.test_bench import ROW, arguments
 
@@ -28,7 +28,7 @@ def test_each_measured_turn_follows_one_that_is_not_and_memory_the_pipeline(tmp_
     ours, theirs = FakeWorker("ours"), FakeWorker("theirs")
     job = {"size": [8, 8], "batch": 1, "dtype": "float32", "model": "m"}
     row = {"steps": 1, "macs": dict.fromkeys(macs.PARTS)}
-    bench_cli._compare(job, arguments(), ours, theirs, tmp_path, "", row)
+    bench_measure._compare(job, arguments(), ours, theirs, tmp_path, "", row)
     found = row["compare"]["eager"]
 
     def turns(name):
@@ -51,9 +51,9 @@ def test_a_variant_that_fails_leaves_those_measured_before(tmp_path, monkeypatch
                 "seconds": 1.0
             }
 
-    monkeypatch.setattr(bench_cli, "_worker", lambda *_: FakeWorker())
+    monkeypatch.setattr(bench_measure, "_worker", lambda *_: FakeWorker())
     job = {"size": [8, 8], "batch": 1, "dtype": "float32", "model": "d3_fast"}
-    row = bench_cli._predict(job | {"fold": True, "compared": True}, arguments())
+    row = bench_measure._predict(job | {"fold": True, "compared": True}, arguments())
     assert set(row["compare"]) == {"eager"} and row["error"] == "diffusers: no compiler"
 
 

@@ -21,7 +21,7 @@ LAYERS = [
     "inference stages steps",
     "from_config training_data runs train cache evaluate evaluation pipeline gallery progress"
     " baselines macs bench bench_worker bench_report compare_diffusers ablation ablation_report",
-    "main cli bench_cli bench_plan data_cli __main__",
+    "main cli bench_cli bench_measure bench_plan data_cli __main__",
 ]
 
 # Library -> the only modules that may import it; () means none.
