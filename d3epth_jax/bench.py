@@ -270,7 +270,8 @@ def train(
 def largest_that_fits(attempt: Callable[[int], dict], first: int, limit: int) -> dict:
     """`attempt(n)` of the largest n = first 2^k <= limit for which memory suffices.
 
-    Raises MemoryError where not even n = 1 fits.
+    With "after_failure" where a larger one was tried before: its memory is that one's then. Raises
+    MemoryError where not even n = 1 fits.
     """
     size, best, shrinking = first, None, False
     while True:
@@ -286,7 +287,9 @@ def largest_that_fits(attempt: Callable[[int], dict], first: int, limit: int) ->
             size, shrinking = size // 2, True
             gc.collect()
             continue
-        if shrinking or 2 * size > limit:
+        if shrinking:
+            return best | {"after_failure": True}
+        if 2 * size > limit:
             return best
         size *= 2
 

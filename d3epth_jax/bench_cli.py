@@ -32,9 +32,9 @@ def add_bench(commands) -> None:
         " directories, each in a process of its own. Without a network.",
         epilog="`d3epth bench --all` is everything an accelerator is to show: all presets folded"
         " and not, one beside diffusers where that is installed, a stage-2 step with the largest"
-        " batch that fits and with 32 by accumulation, stage 1 from cached latents, and the hours"
-        " of a whole training. Exit code: 0 all done, 1 some measurements failed, 2 wrong"
-        " arguments, 130 interrupted (what was done is kept: --resume goes on).",
+        " batch that fits and with 32 by accumulation, rematerialised and not, stage 1 from cached"
+        " latents, and the hours of a whole training. Exit code: 0 all done, 1 some measurements"
+        " failed, 2 wrong arguments, 130 interrupted (what was done is kept: --resume goes on).",
     )
     parser.set_defaults(run=bench, fail=parser.error)
     add = parser.add_argument

@@ -209,19 +209,25 @@ def _train(job: dict, args: argparse.Namespace) -> dict:
 
     Where the micro-batch is given, only the second.
     """
-    settings = {key: job[key] for key in ("model", "size", "batch", "dtype", "remat")}
+    settings = {key: job[key] for key in ("model", "size", "dtype", "remat")}
 
-    def step(micro: int) -> dict:
+    def step(micro: int, batch: int) -> dict:
         # In a process of its own: an accelerator does not forget the most memory it ever had.
         with contextlib.ExitStack() as stack:
             worker = _worker(stack, "bench", {})
-            return worker.ask("train", stage=job["what"], runs=args.runs, micro=micro, **settings)
+            return worker.ask(
+                "train", stage=job["what"], runs=args.runs, micro=micro, batch=batch, **settings
+            )
 
-    row = step(job["micro"])
-    results, batch = [row.pop("result")], job["batch"]
-    micro = next(n for n in range(results[0]["micro"], 0, -1) if batch % n == 0)
+    batch = job["batch"]
+    row = step(job["micro"], batch)
+    largest = row.pop("result")
+    if largest.get("after_failure"):
+        largest = step(largest["micro"], largest["micro"])["result"]
+    results = [largest]
+    micro = next(n for n in range(largest["micro"], 0, -1) if batch % n == 0)
     if micro < batch and not job["micro"]:
-        results.append(step(micro)["result"])
+        results.append(step(micro, batch)["result"])
     return row | {"results": results}
 
 

@@ -96,13 +96,15 @@ def plan(args: argparse.Namespace, problems: Sequence[str] = ()) -> list[dict]:
     def training(stage: str) -> list[dict]:
         one = known[:1] if stage == "stage2" else known[-1:]
         one = [TRAINED[stage]] if TRAINED[stage] in known else one
+        both = args.all and stage == "stage2" and not args.no_remat
         return [
             {
                 **{"what": stage, "model": model, "size": sizes["train_size"]},
                 **{"batch": args.train_batch, "dtype": args.dtype, "runs": args.runs},
-                **{"remat": not args.no_remat, "micro": args.micro},
+                **{"remat": remat, "micro": args.micro},
             }
             for model in (one if args.all else known)
+            for remat in ((True, False) if both else (not args.no_remat,))
             if stage in what
         ]
 

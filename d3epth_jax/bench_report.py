@@ -8,15 +8,15 @@ from PIL import Image, ImageDraw, ImageFont
 from d3epth_jax.tables import format_table
 
 PARTS = {"encoder": (76, 114, 176), "unet": (221, 132, 82), "decoder": (85, 168, 104)}
-STEPS = {"stage2": 20_000, "stage1": 30_000}  # METHOD 7 and 8
+PICTURES = {"stage2": 20_000 * 32, "stage1": 30_000 * 32}  # METHOD 7 and 8: steps of 32
 NOTES = {
     "predict": "GMACs: multiply-accumulates of convolutions and products, taps on the padding"
     " included. Latency: median of whole calls of the pipeline, uint8 picture in, depth out."
     " MFU: 2 MACs / latency, of a large matrix product's measured speed in the same type. First"
     " call: with compilation; - where others were compiled at the same time (--ahead).",
     "train": "Batches lie on the device: no loading of data. MFU: forward and gradients, without"
-    " what is recomputed, of a large matrix product's measured speed. Hours: of METHOD's 20k"
-    " (stage 2) and 30k (stage 1) steps.",
+    " what is recomputed, of a large matrix product's measured speed. Hours: for the pictures"
+    " of METHOD's 20k (stage 2) and 30k (stage 1) steps of 32.",
     "compare": "Ratio: diffusers' time / ours, alternating runs, the same weights and threads;"
     " above 1 ours is faster. Difference: the largest between the two depth maps, in [0,1].",
     "pieces": "MACs without taps on the padding, by formula and by XLA's cost analysis of the"
@@ -120,7 +120,6 @@ def _training(row: dict) -> Iterable[list[str]]:
     for found in row.get("results", ()):
         seconds = statistics.median(found["seconds"])
         count = found["micro"] * found["accumulate"]
-        whole = found is row["results"][-1]  # the batch that was asked for
         batch = f"{found['micro']}x{found['accumulate']}" if found["accumulate"] > 1 else str(count)
         yield [
             row["what"], row["model"], _size(row), batch, row["dtype"],
@@ -129,7 +128,7 @@ def _training(row: dict) -> Iterable[list[str]]:
             f"{count / seconds:.3g}",
             f"{100 * 2 * found['macs'] / seconds / row['matmul']:.1f}",
             _gib(found["memory"]),
-            f"{seconds * STEPS[row['what']] / 3600:.2f}" if whole else "",
+            f"{seconds / count * PICTURES[row['what']] / 3600:.2f}",
         ]  # fmt: skip
 
 

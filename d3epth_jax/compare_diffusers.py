@@ -28,6 +28,8 @@ class Theirs:
     def open(self, directory: str, size, batch: int, dtype: str, steps: int) -> dict:
         """Reads a model directory; as many threads as there are cores to use."""
         torch.set_num_threads(cores())
+        # As XLA: it tries kernels out too, and multiplies float32 in TF32.
+        torch.backends.cudnn.benchmark = torch.backends.cuda.matmul.allow_tf32 = True
         self.size, self.batch, self.steps = tuple(size), batch, steps
         self.type = getattr(torch, dtype)
         self.pipe = read(pathlib.Path(directory), self.type).to(DEVICE)

@@ -99,7 +99,8 @@ def torchs(parts: bool, channels_last: bool) -> dict:
     if device == "cpu":
         torch.set_num_threads(2)
     torch.manual_seed(0)
-    torch.backends.cuda.matmul.allow_tf32 = True  # as XLA does it
+    # As XLA: it tries kernels out too, and multiplies float32 in TF32.
+    torch.backends.cudnn.benchmark = torch.backends.cuda.matmul.allow_tf32 = True
     model = quarter("d2_base")
     unet = diffusers.UNet2DConditionModel.from_config(model.unet.to_dict()).train()
     vae = diffusers.AutoencoderKL.from_config(model.autoencoder.to_dict()).eval()
