@@ -21,6 +21,7 @@ log = logging.getLogger(__name__)
 SUFFIXES = (
     *(".jpg", ".jpeg", ".png", ".webp", ".tif", ".tiff"),
     *(".bmp", ".gif", ".ppm", ".pgm", ".jp2", ".avif"),
+    *(".heic", ".heif"),  # which Pillow may not read: told rather than passed over
 )
 OUTPUTS = ("_depth.png", "_color.png", ".npy", "_uncertainty.npy")
 
@@ -48,8 +49,9 @@ def add_predict(commands) -> None:
         "predict",
         help="depth maps of pictures",
         description="Writes, for each picture NAME: NAME_depth.png (16 bits, 0..65535 is the "
-        "prediction's 0..1), NAME_color.png, and NAME.npy (float32 [H,W]). Depth is relative: up "
-        "to a scale and a shift. Unreadable pictures are skipped and listed at the end.",
+        "prediction's 0..1), NAME_color.png, and NAME.npy (float32 [H,W]). It is relative: up to a "
+        "scale and a shift, of depth or of what the model predicts instead, of which large may be "
+        "near; the last line says which. Unreadable pictures are skipped and listed at the end.",
         epilog="Exit code: 0 all done, 1 some pictures failed, 2 no usable model or arguments, "
         "130 interrupted.",
     )
@@ -58,8 +60,8 @@ def add_predict(commands) -> None:
     add("inputs", nargs="+", type=pathlib.Path, metavar="IMAGE_OR_DIR", help="folders: recursively")
     add("--model", help="a directory in diffusers' layout, a hub id OWNER/NAME, or one that comes "
         "with the package: nano (the default), nano-teacher")  # fmt: skip
-    add("--out", default="depth", type=pathlib.Path,
-        help="folder of the results, made as needed; default: depth")  # fmt: skip
+    add("--out", default="depth_maps", type=pathlib.Path,
+        help="folder of the results, made as needed; default: depth_maps")  # fmt: skip
     add("--processing-resolution", type=_at_least(0), metavar="N",
         help="longest side the networks see; 0: the picture's; default: the model's")  # fmt: skip
     add("--steps", type=_at_least(1), metavar="N", help="denoising steps; default: the model's")
@@ -162,8 +164,8 @@ def predict(args: argparse.Namespace) -> int:
     if not batches:
         return _summary(args.out, total, failed)
     try:
-        predictor = _load_predictor(args)
-    except (OSError, ValueError) as error:
+        predictor, quantity = _load_predictor(args)
+    except (OSError, ValueError, RuntimeError, MemoryError) as error:  # JAX's are RuntimeErrors
         name = args.model or "that comes with the package"
         print(f"d3epth: the model {name} cannot be used:\n{error}", file=sys.stderr)
         return UNUSABLE
@@ -177,7 +179,7 @@ def predict(args: argparse.Namespace) -> int:
             _tell(failed, before)
         done += len(batch)
         progress.update(done)
-    return _summary(args.out, total, failed)
+    return _summary(args.out, total, failed, quantity)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -253,7 +255,8 @@ def name_outputs(
     """Results go to `out`, in the subfolder and under the name of their picture.
 
     Where two pictures would share a file, the later one is NAME_jpg, NAME_jpg_2 and so on. No
-    result takes the place of a picture that is read.
+    result takes the place of a picture that is read, or of a file that is no earlier result, such
+    as a depth map that was measured.
     """
     # Without case: some file systems do not know it.
     taken = {str(path.resolve()).casefold() for path, _ in found}
@@ -265,11 +268,17 @@ def name_outputs(
         for output in itertools.chain((plain, other), more):
             picture = Picture(path, output)
             files = {str(picture.file(end).resolve()).casefold() for end in OUTPUTS}
-            if not files & taken:
+            if not files & taken and not _holds_others(picture):
                 break
         taken |= files
         pictures.append(picture)
     return pictures
+
+
+def _holds_others(picture: Picture) -> bool:
+    """Whether files of its results' names are there without being results: those come together."""
+    there = [picture.file(end).exists() for end in OUTPUTS[:3]]
+    return any(there) and not all(there)
 
 
 def _batches(
@@ -288,7 +297,7 @@ def _batches(
 
 
 def _load_predictor(args: argparse.Namespace):
-    """A function: (uint8 pictures, batch size) -> DepthOutput.
+    """A function (uint8 pictures, batch size) -> DepthOutput, and what it predicts, in words.
 
     Raises OSError or ValueError for what would fail with any picture.
     """
@@ -310,7 +319,9 @@ def _load_predictor(args: argparse.Namespace):
     if args.seed is not None:
         settings["key"] = jax.random.key(args.seed)
     pipe.check(batch_size=args.batch_size, **settings)
-    return lambda arrays, batch_size: pipe(arrays, batch_size=batch_size, **settings)
+    kind = pipe.model.prediction_type
+    quantity = f"{kind}, {'far' if kind == 'depth' else 'near'} is large"
+    return lambda arrays, batch_size: pipe(arrays, batch_size=batch_size, **settings), quantity
 
 
 def _predict_batch(
@@ -382,9 +393,12 @@ def _tell(failed: dict[pathlib.Path, str], first: int = 0) -> None:
         print(f"d3epth: skipped {path}: {reason}", file=sys.stderr)
 
 
-def _summary(out: pathlib.Path, total: int, failed: dict[pathlib.Path, str]) -> int:
+def _summary(
+    out: pathlib.Path, total: int, failed: dict[pathlib.Path, str], quantity: str = ""
+) -> int:
     done = total - len(failed)
-    print(f"{done} of {total} pictures predicted{f'; results are in {out}' if done else ''}")
+    where = f"; results are in {out} ({quantity})" if done else ""
+    print(f"{done} of {total} pictures predicted{where}")
     if not failed:
         return OK
     lines = [f"{path}: {reason}" for path, reason in failed.items()]

@@ -83,7 +83,9 @@ def _named(path):
     except Image.DecompressionBombError as error:
         raise ImageError(f"{path}: refused as a decompression bomb: {error}") from error
     except UnidentifiedImageError as error:
-        raise ImageError(f"{path}: not a picture that Pillow can identify") from error
+        apples = str(path).lower().endswith((".heic", ".heif"))
+        hint = " (HEIC is not read: save it as JPEG)" if apples else ""
+        raise ImageError(f"{path}: not a picture that Pillow can identify{hint}") from error
     except ImageError as error:
         raise ImageError(f"{path}: {error}") from error
     except DAMAGE as error:

@@ -31,6 +31,10 @@ class FakePipeline:
     prediction_type = "depth"
     breaks = staticmethod(lambda pictures, batch_size: None)  # raises what a test wants
 
+    @property
+    def model(self):
+        return self
+
     def __init__(self):
         self.calls, self.settings = [], []
 
@@ -112,19 +116,21 @@ def test_writes_what_it_says(fake, tmp_path, capsys):
         np.testing.assert_array_equal(np.asarray(picture)[0], np.arange(256) * 257)
     colors = image.load(out / "ramp.v2_color.png")
     np.testing.assert_array_equal(colors, image.visualize_depth(depth[..., None]))
-    assert "1 of 1 pictures" in capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert told == f"1 of 1 pictures predicted; results are in {out} (depth, far is large)\n"
     assert fake.last.settings == [DEFAULTS | {"key": None}]
 
 
 @pytest.mark.parametrize("space", ["disparity", "sqrt_disparity"])
 @pytest.mark.parametrize("color_map", ["Spectral", "gray"])
-def test_far_has_the_colour_of_far(fake, tmp_path, space, color_map):
+def test_far_has_the_colour_of_far(fake, tmp_path, capsys, space, color_map):
     near = write(tmp_path / "a.png", green=255)  # a disparity is large where it is near
     fake.prediction_type = space
     assert predict(near, "--color-map", color_map, out=tmp_path / "out") == 0
     expected = image.visualize_depth(np.zeros((1, 1, 1)), color_map=color_map)[0, 0]
     np.testing.assert_array_equal(image.load(tmp_path / "out" / "a_color.png")[0, 0], expected)
     assert np.load(tmp_path / "out" / "a.npy").min() == 1  # the numbers are the model's
+    assert f"({space}, near is large)" in capsys.readouterr().out
 
 
 def test_passes_every_setting_on(fake, tmp_path):
@@ -215,6 +221,19 @@ def test_no_result_overwrites_a_picture(fake, tmp_path):
     assert greens(tmp_path) == {"a_depth": 2, "a_png": 1}
 
 
+def test_no_result_takes_the_place_of_a_measured_depth_map(fake, tmp_path):
+    for name in ("a", "b"):
+        write(tmp_path / "rgb" / f"{name}.png", green=7)
+    (tmp_path / "depth").mkdir()
+    np.save(tmp_path / "depth/a.npy", np.full((4, 6), 3.5, np.float32))
+    for _ in range(2):  # the second time the results are known as such
+        assert predict(tmp_path / "rgb", out=tmp_path / "depth") == 0
+        assert np.load(tmp_path / "depth/a.npy").min() == 3.5
+        assert sorted(p.name for p in (tmp_path / "depth").glob("*.npy")) == [
+            *("a.npy", "a_png.npy", "b.npy")
+        ]
+
+
 def test_batches_are_of_one_size_and_count_turned_pictures(fake, tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6
@@ -237,6 +256,7 @@ def bad_pictures(folder):
     large.save(buffer, "jpeg")
     (folder / "half.jpg").write_bytes(buffer.getvalue()[:900])
     (folder / "empty.png").touch()
+    (folder / "phone.HEIC").write_bytes(b"    ftypheic")
     write(folder / "thin.png", (1, 5000))
     write(folder / "text.png").write_text("this is no picture")
     # A PNG's header: width and height are at bytes 16 to 24, their checksum at 29.
@@ -249,6 +269,7 @@ def bad_pictures(folder):
     return {
         "half.jpg": "truncated",
         "empty.png": "not a picture",
+        "phone.HEIC": "save it as JPEG",
         "thin.png": "shrinks to 768x0",
         "text.png": "not a picture",
         "bomb.png": "decompression bomb",
@@ -272,8 +293,8 @@ def test_bad_pictures_are_named_and_the_rest_is_done(fake, tmp_path, capsys):
     assert code == 1
     assert list(greens(tmp_path / "out")) == ["good", "same_size_as_half", "single"]
     captured = capsys.readouterr()
-    assert "3 of 11 pictures" in captured.out
-    now, _, end = captured.err.partition("8 failed:")
+    assert "3 of 12 pictures" in captured.out
+    now, _, end = captured.err.partition("9 failed:")
     assert "Traceback" not in captured.err
     for name, reason in bad.items():
         for text in (now, end):  # when it happens, and once more at the end
@@ -324,7 +345,10 @@ def test_a_result_that_cannot_be_written_is_named(fake, tmp_path, capsys, monkey
     assert not [name for name in names(tmp_path / "out") if "partial" in name]
 
 
-@pytest.mark.parametrize("error", [FileNotFoundError("own/x: gone"), ValueError("bad keys:\n  a")])
+@pytest.mark.parametrize(
+    "error",
+    [FileNotFoundError("own/x: gone"), ValueError("bad keys:\n  a"), RuntimeError("Out of memory")],
+)
 def test_a_model_that_cannot_be_loaded_is_one_message(fake, tmp_path, capsys, error):
     def fail(*_, **__):
         raise error
