@@ -63,7 +63,7 @@ def get_config(argument: str | None = None) -> ConfigDict:
     if tiny:
         config.models = ConfigDict()
         return config
-    config.models = ConfigDict({"student": "runs/stage2/model"})  # "" leaves it out
+    config.models = ConfigDict({"student": "runs/stage2/model", "other": ""})  # "" leaves it out
     config.baselines = ("constant", "ramp")
     if word in BENCHMARKS:
         config.eval = common.evaluation(benchmark(word), protocol=word)

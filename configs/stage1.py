@@ -5,8 +5,8 @@
     python -m d3epth_jax.main --config=configs/stage1.py:tiny --config.data.source.path=DIR \\
         --config.eval.source.path=DIR                                  # a minute or two on 2 cores
 
-The default distils D^2epth into BK-SDM's small UNet (d3_light_small), both with the same frozen
-tiny autoencoder. `tiny` distils the package's own teacher, D^2-nano, on RGB-D pairs of your own
+The default distils D^2epth into BK-SDM's small UNet, both with the same frozen autoencoder, the
+teacher's. `tiny` distils the package's own teacher, D^2-nano, on RGB-D pairs of your own
 (data/sources/folder.py says in which layouts). `marigold` is configs/d2.py's. With
 --config.teacher.cache=CACHE the teacher's latents are read (configs/cache.py).
 
@@ -21,13 +21,11 @@ from ml_collections import ConfigDict
 
 from configs import common, quickstart
 
-PAIRS = "../shared/rgbd"
-
 
 def on_pairs(config: ConfigDict) -> ConfigDict:
     """Trains and evaluates a nano student on RGB-D pairs."""
-    config.data.source = common.folder(PAIRS, split="train")
-    config.eval.source = common.folder(PAIRS, split="validation")
+    config.data.source = common.folder("DIR", split="train")
+    config.eval.source = common.folder("DIR", split="validation")
     config.eval.num_images = 0
     config.eval.processing_resolution = config.model.processing_resolution
     config.train.save_start = False
@@ -57,6 +55,7 @@ def get_config(argument: str | None = None) -> ConfigDict:
     config.model.preset = "d3_light_small"
     # Everything begins as the teacher's: pruned as BK-SDM, and the frozen autoencoder.
     config.model.unet = config.model.encoder = config.model.decoder = "teacher"
+    config.model.processing_resolution = 768  # as configs/d2.py
     config.data = common.training_data(common.folder("DIR", split="train"), 480, 640)
     config.eval.source = common.folder("DIR", split="validation")
     config.model.dtype = "bfloat16"

@@ -44,7 +44,7 @@ def get_config(argument: str | None = None) -> ConfigDict:
     config = common.training("pixel")
     config.workdir = "runs/stage2"
     config.init = "runs/stage1/model"
-    config.trainable = ("unet/", "decoder/")
+    config.trainable = ("unet/",)  # the decoder is the teacher's, of Stable Diffusion perhaps
     config.data = common.training_data(common.folder("DIR", split="train"), 480, 640)
     config.eval.source = common.folder("DIR", split="validation")
     config.model.dtype = "bfloat16"
@@ -53,6 +53,7 @@ def get_config(argument: str | None = None) -> ConfigDict:
     if student:
         config.workdir = f"runs/stage2_{student}"
         config.init = f"runs/stage1_{student}/model"
+        config.trainable = ("unet/", "decoder/")  # METHOD 8: light decoders train
     if student == "turbo":  # its decoder lacks most of the blocks that it was trained with
         config.schedule.learning_rate = 3e-5
     return common.on_data(config, word)

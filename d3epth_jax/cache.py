@@ -24,7 +24,7 @@ from d3epth_jax.data import loader
 from d3epth_jax.data.sources import latents
 from d3epth_jax.progress import Progress
 from d3epth_jax.stages import latent
-from d3epth_jax.weights import files
+from d3epth_jax.weights import files, fold
 
 log = logging.getLogger(__name__)
 
@@ -102,7 +102,17 @@ def make_lessons(config, teacher: from_config.Start) -> Lessons:
         raise ValueError(
             f"data.batch_size={config.data.batch_size} is not a multiple of the {mesh.size} devices"
         )
-    params = sharding.put_params(teacher.params, mesh)
+    settings = {
+        "steps": steps,
+        "ensemble": members,
+        "target": config.cache.target,
+        "dtype": config.model.dtype,
+        "prediction_type": model.prediction_type,
+        "schedule": model.schedule.to_dict(),
+        "starts_at_zero": latent.starts_at_zero(model),
+    }
+    model, params, *_ = from_config.folded_teacher(config, teacher)
+    params = sharding.put_params(fold.cast_kernels(model, params), mesh)
     lesson = jax.jit(
         lambda params, batch: latent.teach(
             model, params, batch, steps=steps, with_target=config.cache.target
@@ -142,15 +152,6 @@ def make_lessons(config, teacher: from_config.Start) -> Lessons:
         }
         return {key: x.shape[1:] for key, x in jax.eval_shape(lesson, params, batch).items()}
 
-    settings = {
-        "steps": steps,
-        "ensemble": members,
-        "target": config.cache.target,
-        "dtype": config.model.dtype,
-        "prediction_type": model.prediction_type,
-        "schedule": model.schedule.to_dict(),
-        "starts_at_zero": latent.starts_at_zero(model),
-    }
     return Lessons(give, shapes, settings)
 
 

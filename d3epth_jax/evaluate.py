@@ -8,7 +8,7 @@ from d3epth_jax.evaluation import Predictor, batch_size_for, evaluate, name_of, 
 from d3epth_jax.metrics import EXPONENT
 from d3epth_jax.pipeline import DepthPipeline
 from d3epth_jax.protocols import Protocol, make_protocol
-from d3epth_jax.weights.download import bundled
+from d3epth_jax.weights.download import may_be_read
 
 log = logging.getLogger(__name__)
 
@@ -90,7 +90,7 @@ def wanted(config) -> tuple[dict, dict]:
 def require_models(config) -> None:
     """Raises FileNotFoundError with all model directories that are missing."""
     paths = wanted(config)[0].values()
-    missing = [path for path in paths if not (bundled(path) or pathlib.Path(path).is_dir())]
+    missing = [path for path in paths if not may_be_read(path)]
     if missing:
         raise FileNotFoundError(f"no model directory at {missing}: train it first, or name another")
 

@@ -19,6 +19,7 @@ from d3epth_jax.stages import latent, pixel
 from d3epth_jax.train_state import init_train_state, merge, split_trainable
 from d3epth_jax.typing import Params
 from d3epth_jax.weights import fold, hub, surgery
+from d3epth_jax.weights.download import may_be_read
 from d3epth_jax.weights.prompt import PromptEncoder
 
 log = logging.getLogger(__name__)
@@ -40,6 +41,10 @@ def check(config) -> None:
             problems.append(str(error))
 
     ask(_check_choices, config)
+    if config.stage == "pixel" and config.loss.preset in losses.PRESETS:
+        options = losses.PRESETS[config.loss.preset] | dict(config.loss.options)
+        names = ("penalty", "delta", "alpha", "tau", "num_scales")
+        ask(losses.check_options, *(options[name] for name in names))
     ask(training_data.check, config)
     ask(make_schedule, config)
     ask(make_weighting, config, 2)
@@ -115,6 +120,40 @@ def read_teacher(config) -> Start:
     return Start(model, params, text)
 
 
+def require_models(config) -> None:
+    """Raises FileNotFoundError with all models to start from that are not there.
+
+    Before data is read for them; one that the config trains first is not asked for.
+    """
+    made = config.init if config.get("init_config") is not None else None
+    asked = {
+        "teacher.path": config.teacher.path,
+        "init": config.init if config.init != made else "",
+        "autoencoder.path": config.autoencoder.path,
+    }
+    missing = [f"{key}={path}" for key, path in asked.items() if path and not may_be_read(path)]
+    if missing:
+        raise FileNotFoundError(
+            f"no model there: {', '.join(missing)}. Train it first (configs/stage2.py starts from"
+            " what configs/stage1.py trains, and that from what configs/d2.py does), or name"
+            " another directory or hub id"
+        )
+
+
+def check_sizes(config, model: DepthModel) -> None:
+    """Raises ValueError for sizes to train on which the autoencoder does not give back."""
+    problems = [
+        f"{training_data.key_of(name)}: {part.height}x{part.width}"
+        for name, part in training_data.parts(config).items()
+        if part.height % model.downsample or part.width % model.downsample
+    ]
+    if problems:
+        raise ValueError(
+            f"pictures are trained on in multiples of {model.downsample}, which is what the"
+            f" autoencoder takes together; set height and width of {'; '.join(problems)}"
+        )
+
+
 def teacher_steps(config, model: DepthModel) -> int:
     """How many denoising steps the teacher takes."""
     steps = config.teacher.steps or model.denoising_steps
@@ -124,9 +163,12 @@ def teacher_steps(config, model: DepthModel) -> int:
 
 
 def fold_teacher(config, teacher: Start) -> Start:
+    """The teacher with its constants folded, if the training step runs any of it."""
+    return folded_teacher(config, teacher) if _needed_of(config, teacher) else teacher
+
+
+def folded_teacher(config, teacher: Start) -> Start:
     """The teacher with its constants folded; what it teaches is the same but for rounding."""
-    if not _needed_of(config, teacher):
-        return teacher
     model = teacher.model
     single_step = teacher_steps(config, model) == 1 and latent.starts_at_zero(model)
     model, params = fold.fold_teacher(model, teacher.params, single_step=single_step)

@@ -106,8 +106,7 @@ def hybrid_depth(
     `weighting`); valid: bool [B], whether the image may carry a loss; negative_scale: bool [B],
     whether the prediction is upside down (scale < 0), which neither term can see.
     """
-    _check_penalty(penalty)
-    _check_edge_options(delta, alpha, tau, num_scales)
+    check_options(penalty, delta, alpha, tau, num_scales)
     residual, scale, valid = aligned_residual(
         pred,
         target,
@@ -189,6 +188,12 @@ def batch_mean(losses: PerImage, weights: PerImage) -> Float[Array, ""]:
     """sum n_b L_b / sum n_b of one batch; 0, with zero gradient, if no image carries weight."""
     numerator, denominator = batch_sums(losses, weights)
     return numerator / jnp.maximum(denominator, jnp.finfo(jnp.float32).tiny)
+
+
+def check_options(penalty: str, delta: float, alpha: float, tau: float, num_scales: int) -> None:
+    """Raises ValueError as the losses with these options would."""
+    _check_penalty(penalty)
+    _check_edge_options(delta, alpha, tau, num_scales)
 
 
 def _check_penalty(penalty: str) -> None:

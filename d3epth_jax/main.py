@@ -10,6 +10,7 @@ import sys
 import time
 
 from absl import app, flags
+from flax.traverse_util import flatten_dict
 from ml_collections import ConfigDict, config_flags
 
 from d3epth_jax import sharding
@@ -66,6 +67,8 @@ def check_jobs(jobs: dict[str, ConfigDict]) -> None:
     """Raises ValueError with what is wrong with the settings of any job, before the first runs."""
     known, problems = _jobs(), []
     for name, config in jobs.items():
+        prefix = f"{name}." if name else ""
+        problems += [f"set --config.{prefix}{key}=PATH" for key in _unset(config)]
         try:
             if config.job in known:
                 check, _ = known[config.job]
@@ -74,6 +77,16 @@ def check_jobs(jobs: dict[str, ConfigDict]) -> None:
             problems.append(f"{name}: {error}" if name else str(error))
     if problems:
         raise ValueError("\n".join(problems))
+
+
+def _unset(config: ConfigDict) -> list[str]:
+    """Keys of paths that a config leaves open, as "DIR", less those of what is trained first."""
+    flat = flatten_dict(config.to_dict(), sep=".")
+    return [
+        key
+        for key, value in flat.items()
+        if value == "DIR" and "init_config" not in key and not pathlib.Path(value).exists()
+    ]
 
 
 def fill_in(config: ConfigDict, workdir: pathlib.Path) -> ConfigDict:

@@ -7,6 +7,14 @@ from flax.traverse_util import flatten_dict
 
 from d3epth_jax.weights import hub
 
+# What may differ where a run goes on: nothing of what comes out depends on it. (Where a run is says
+# its path; a config alone says where it would be.)
+FREE = (
+    *("workdir", "train.log_every", "train.checkpoint_every", "train.keep_checkpoints"),
+    *("train.profile", "eval.batch_size", "eval.num_pictures"),
+)
+_FREE_ENDS = tuple(f".{key}" for key in FREE)
+
 
 def claim(workdir: pathlib.Path, config, *, in_use: bool) -> None:
     """Writes the config to the workdir; ValueError if it is in use by a run with other settings.
@@ -21,12 +29,12 @@ def claim(workdir: pathlib.Path, config, *, in_use: bool) -> None:
         changed = [
             f"{key}: {before.get(key)} -> {wanted.get(key)}"
             for key in sorted(before.keys() | wanted.keys())
-            # Where the run is says its path; a config alone says where it would be.
-            if before.get(key) != wanted.get(key) and key.split(".")[-1] != "workdir"
+            if before.get(key) != wanted.get(key) and not f".{key}".endswith(_FREE_ENDS)
         ]
         if changed:
             raise ValueError(
-                f"{workdir} holds a run with other settings; choose another --workdir or delete it."
+                f"{workdir} holds a run with other settings; choose another --workdir (a training"
+                f" there can start from this one: --config.init={workdir}) or delete it."
                 f" Changed: {'; '.join(changed)}"
             )
     path.write_text(json.dumps(now, indent=2) + "\n")

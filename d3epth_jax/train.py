@@ -51,6 +51,9 @@ def run(config, workdir: pathlib.Path) -> pathlib.Path:
             log.info("%s is already trained (%d steps)", output, total)
             tell_scores(config.stage, workdir)
             return output
+        # Told now, not after data is read or the last step is made.
+        hub.require_replaceable(output)
+        from_config.require_models(config)
 
         mesh = sharding.make_mesh(config.fsdp)
         training, validation = training_data.make_sources(config)
@@ -61,6 +64,7 @@ def run(config, workdir: pathlib.Path) -> pathlib.Path:
         # Now that models of the hub are in its cache, and so have a commit.
         runs.claim_origins(workdir, config, in_use=in_use)
         model, params, text = student
+        from_config.check_sizes(config, model)
         # The step and the evaluation compute with constants folded; what is saved is as it was.
         teacher = from_config.fold_teacher(config, teacher)
         computed, of_rest = fold.fold_frozen(model, trainable, rest)
@@ -97,7 +101,7 @@ def run(config, workdir: pathlib.Path) -> pathlib.Path:
         start = int(state.step)
         if start == 0 and config.train.save_start:
             hub.save_model(workdir / "model_start", model, merge(averaged(), rest), text)
-        writer = MetricWriter(workdir, start_step=start)
+        writer = MetricWriter(workdir, start_step=start if in_use else -1)
         progress = Progress(f"{config.stage} {workdir.name}", total, start=start)
         scores = {}
         profile = Profile(workdir / "profile", *config.train.profile)
@@ -108,8 +112,9 @@ def run(config, workdir: pathlib.Path) -> pathlib.Path:
             scores[step] = score(config, computed, params, validation, mesh, writer, step)
             image_lib.save_png(workdir / "curves.png", curves(workdir))
 
-        if start == 0:
-            validate(0)
+        due = start % config.eval.every == 0 or start == total
+        if due and start not in scores_of(workdir):  # it ended between checkpoint and scores
+            validate(start)
         waited = worked = 0.0
         with contextlib.closing(writer), profile:
             for step in range(start + 1, total + 1):
@@ -135,11 +140,11 @@ def run(config, workdir: pathlib.Path) -> pathlib.Path:
                     waited = worked = 0.0
                     writer.scalars(step, values)
                     require_finite(values, step, checkpoints.latest)
-                if step % config.eval.every == 0 or step == total:
-                    validate(step)
                 if save:
                     whole = dataclasses.replace(state, ema=averaged())
                     checkpoints.save(step, whole, batches.get_state())
+                if step % config.eval.every == 0 or step == total:
+                    validate(step)
             hub.save_model(output, model, merge(averaged(), rest), text)
     tell_scores(config.stage, workdir)
     return output
@@ -220,10 +225,15 @@ def curves(workdir: pathlib.Path) -> np.ndarray:
     )
 
 
+def scores_of(workdir: pathlib.Path) -> dict[int, float | None]:
+    """{step: AbsRel} of a run's evaluations so far."""
+    rows = read_metrics(workdir / "metrics.jsonl")
+    return {row["step"]: row["eval/abs_rel"] for row in rows if "eval/abs_rel" in row}
+
+
 def tell_scores(stage: str, workdir: pathlib.Path) -> None:
-    rows = [row for row in read_metrics(workdir / "metrics.jsonl") if "eval/abs_rel" in row]
-    scores = [rows[end]["eval/abs_rel"] for end in (0, -1)]
-    first, last = (math.nan if score is None else score for score in scores)
+    scores = list(scores_of(workdir).values())
+    first, last = (math.nan if score is None else score for score in (scores[0], scores[-1]))
     log.info("%s %s: AbsRel before %.4f, after %.4f", stage, workdir.name, first, last)
 
 

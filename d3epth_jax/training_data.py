@@ -27,6 +27,11 @@ def parts(config) -> dict:
     return {MAIN: config.data} | {name: p for name, p in config.data.also.items() if name != MAIN}
 
 
+def key_of(name: str) -> str:
+    """Where a part's settings are in a config."""
+    return "data" if name == MAIN else f"data.also.{name}"
+
+
 def shares(config) -> list[float]:
     """Of the batches, for each of `parts`."""
     others = [part.share for part in config.data.also.values()]
@@ -37,7 +42,7 @@ def check(config) -> None:
     """Raises ValueError with everything wrong with the settings of the data, without reading it."""
     problems, mixed = [], bool(config.data.also)
     for name, part in parts(config).items():
-        where = "data" if name == MAIN else f"data.also.{name}"
+        where = key_of(name)
         if part.crop not in CROPS:
             problems.append(f"unknown {where}.crop {part.crop!r}: choose one of {CROPS}")
         if not 0 <= part.flip <= 1:
@@ -65,7 +70,7 @@ def _cannot_be_cached(config) -> list[str]:
     if config.get("stage") == "pixel":
         problems.append("teacher.cache: only the latent stage learns from cached latents")
     for name, part in parts(config).items():
-        where = "data" if name == MAIN else f"data.also.{name}"
+        where = key_of(name)
         if part.source.name == "procedural":
             problems.append(f"{where}.source: rendered scenes never repeat; a cache is of files")
         if part.crop == "random":

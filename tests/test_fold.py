@@ -137,6 +137,17 @@ def test_what_does_not_change_is_shared():
     assert keys.flatten(its)[path] is keys.flatten(params)[path]
 
 
+def test_phases_of_kernels_in_16_bits_are_in_32():
+    # Where a size is odd they are subtracted from each other, which rounded sums do not bear.
+    model, params = make()
+    rounded = jax.tree.map(lambda x: x.astype(jnp.bfloat16), params)
+    kinds = {
+        x.ndim == fold.PHASES: x.dtype
+        for x in jax.tree.leaves(fold.fold(model, rounded, ("upsampling",))[1])
+    }
+    assert kinds == {True: jnp.float32, False: jnp.bfloat16}
+
+
 def test_phase_kernels_are_undone_exactly_enough():
     kernel = np.random.default_rng(0).normal(size=(3, 3, 4, 5)).astype(np.float32)
     phases = convolution.phase_kernel(kernel)

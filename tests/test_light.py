@@ -286,6 +286,11 @@ def test_folding_a_turbo_student_changes_nothing():
 def test_words_of_students_and_data_combine():
     config = stage1.get_config("marigold,turbo")
     assert (config.model.preset, config.data.source.name) == ("d3_turbo", "hypersim")
+    assert [stage2.get_config(word).trainable for word in ("turbo", None)] == [
+        ("unet/", "decoder/"),
+        ("unet/",),  # METHOD 8: Stable Diffusion's decoder, which it may be, stays
+    ]
+    assert stage1.get_config().model.processing_resolution == 768
     assert stage2.get_config("turbo,tfds").init == stage1.get_config("turbo").workdir + "/model"
     for argument, message in (
         ("fast,turbo", "exclude each other"),

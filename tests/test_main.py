@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from configs import common, quickstart
+from configs import common, quickstart, stage2
 from configs import eval as eval_config
 from configs.nano import train as nano
 from d3epth_jax import data, evaluate, main
@@ -59,6 +59,17 @@ def test_missing_data_folder_is_named(tmp_path):
     )
     assert result.returncode != 0
     assert "no_model" in result.stderr
+
+
+def test_paths_that_are_left_open_are_asked_for():
+    with pytest.raises(ValueError) as error:
+        main.check_jobs({"": stage2.get_config("marigold")})
+    keys = ("data.source", "data.also.vkitti2.source", "eval.source")
+    told = str(error.value).splitlines()
+    assert sorted(told) == sorted(f"set --config.{key}.path=PATH" for key in keys)
+    config = stage2.get_config("tiny")  # its init_config gets this data too
+    config.data.source.path = config.eval.source.path = "."
+    main.check_jobs({"": config})
 
 
 def test_workdir_is_filled_in_everywhere(tmp_path):

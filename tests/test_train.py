@@ -191,6 +191,54 @@ def test_a_workdir_of_other_settings_is_refused(pairs, tmp_path):
     with pytest.raises(ValueError, match=r"learning_rate: 0.0008 -> 0.0007; seed: 0 -> 3"):
         train.run(config, tmp_path)
     assert (tmp_path / "config.json").read_text() == before
+    config = teacher_config(pairs, steps=2)
+    config.eval.batch_size, config.train.log_every = 1, 2  # nothing depends on them
+    train.run(config, tmp_path)
+
+
+def evaluated_steps(workdir) -> list[int]:
+    rows = read_metrics(workdir / "metrics.jsonl")
+    return [row["step"] for row in rows if "eval/abs_rel" in row]
+
+
+def test_a_run_that_ends_before_its_scores_has_its_checkpoint_and_is_scored(
+    pairs, tmp_path, monkeypatch
+):
+    config, score = teacher_config(pairs, steps=2), train.score
+
+    def ends(*args):
+        if args[-1] == 2:
+            raise OSError("No space left on device")
+        return score(*args)
+
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="No space"):
+        patch.setattr(train, "score", ends)
+        train.run(config, tmp_path)
+    assert evaluated_steps(tmp_path) == [0]
+    monkeypatch.setattr(train.OneProgramPerShape, "__call__", lambda *_: pytest.fail("trained"))
+    train.run(config, tmp_path)
+    assert evaluated_steps(tmp_path) == [0, 2] and (tmp_path / "model").is_dir()
+
+
+def test_scores_of_a_run_that_left_nothing_do_not_stay(pairs, tmp_path, monkeypatch):
+    config = teacher_config(pairs, steps=2)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(train.OneProgramPerShape, "__call__", interrupt)
+        train.run(config, tmp_path)
+    train.run(config, tmp_path)
+    assert evaluated_steps(tmp_path) == [0, 2]
+
+
+def interrupt(*_):
+    raise KeyboardInterrupt
+
+
+def test_files_beside_a_model_that_would_be_replaced_are_told_at_once(pairs, tmp_path, monkeypatch):
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model/notes.txt").write_text("mine")
+    monkeypatch.setattr(train.training_data, "make_sources", lambda *_: pytest.fail("read data"))
+    with pytest.raises(FileExistsError, match="holds more than a model"):
+        train.run(teacher_config(pairs), tmp_path)
 
 
 def test_another_models_checkpoint_is_refused(pairs, tmp_path, monkeypatch):
@@ -213,7 +261,7 @@ def test_training_on_the_pairs_of_the_evaluation_is_refused(pairs, tmp_path):
 def test_a_typo_in_the_teachers_path_starts_no_training(pairs, tmp_path):
     config = on_pairs(stage1.get_config("tiny"), pairs)
     config.teacher.path = str(tmp_path / "teechar/model")
-    with pytest.raises(FileNotFoundError, match="teechar/model is no directory"):
+    with pytest.raises(FileNotFoundError, match=r"no model there: teacher.path=.*teechar/model"):
         train.run(config, tmp_path / "student")
     assert not (tmp_path / "teechar").exists()
 
@@ -288,12 +336,16 @@ def test_every_broken_pair_is_reported_before_training(tmp_path):
         ({"schedule.schedule": "linear"}, "unknown schedule 'linear'"),
         ({"loss.preset": "e2e"}, "unknown loss.preset 'e2e'"),
         ({"model.encoder": "techer"}, "unknown model.encoder 'techer'"),
+        ({"loss.options.penalty": "l2"}, "unknown penalty 'l2'"),
+        ({"loss.options.tau": 0.0}, "tau must be positive"),
+        ({"data.height": 36}, "multiples of 8, .* data: 36x48"),
+        ({"init": "runs/nowhere/model"}, "no model there: init=runs/nowhere/model"),
     ],
 )
 def test_wrong_settings_are_named(change, message, pairs, tmp_path):
     config = teacher_config(pairs)
     config.update_from_flattened_dict(change)
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
         train.run(config, tmp_path)
 
 

@@ -62,6 +62,11 @@ def is_hub_id(name: str) -> bool:
     return re.fullmatch(r"[\w.-]+/[\w.-]+", name) is not None and ".." not in name
 
 
+def may_be_read(name: str | os.PathLike) -> bool:
+    """Whether `locate` could find it: a directory, a bundled model, or a name for the hub."""
+    return pathlib.Path(name).is_dir() or str(name) in BUNDLED or is_hub_id(str(name))
+
+
 def commit(directory: pathlib.Path) -> str:
     """The commit of a directory in the hub's cache, "" for any other."""
     parts = directory.resolve().parts

@@ -201,8 +201,9 @@ def _upsampling(model: DepthModel, flat: Flat) -> DepthModel:
     before = model.folding.upsampling
     paths = [p for p in flat if p[0] not in before and _follows_upsampling(p, flat)]
     for path in paths:
-        kernel = flat[path]
-        flat[path] = convolution.phase_kernel(_exact(kernel)).astype(kernel.dtype)
+        # At least float32, which PhaseConv needs where a size is odd; a kernel may have 16 bits.
+        kind = np.promote_types(flat[path].dtype, np.float32)
+        flat[path] = convolution.phase_kernel(_exact(flat[path])).astype(kind)
     return _note(model, upsampling=tuple(sorted({*before, *(path[0] for path in paths)})))
 
 
