@@ -73,7 +73,7 @@ def test_several_steps_from_zero_are_folded_as_the_pipeline_folds_them(tmp_path)
     ("stage", "model", "trained", "micro"),
     [
         ("stage2", "d3_light", ("unet", "decoder"), 0),  # light decoders train in stage 2,
-        ("stage1", "d3_light", ("unet",), 0),
+        pytest.param("stage1", "d3_light", ("unet",), 0, marks=pytest.mark.slow),
         ("stage1", "d3_turbo", ("unet", "encoder"), 0),  # and encoders unlike the teacher's here
         pytest.param("stage2", "d3_light", ("unet", "decoder"), 2, marks=pytest.mark.slow),
     ],

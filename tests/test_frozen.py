@@ -17,7 +17,7 @@ from tests.conftest import scenes, small_model, small_unet
 from tests.unet_oracle import relative_error
 
 
-@pytest.mark.parametrize("autoencoder", ["kl", "tiny"])
+@pytest.mark.parametrize("autoencoder", [pytest.param("kl", marks=pytest.mark.slow), "tiny"])
 def test_gradients_through_a_folded_decoder_are_the_same(autoencoder):
     model, params = test_fold.make(autoencoder)
     trainable, rest = split_trainable(params, ("unet/",))
@@ -48,7 +48,7 @@ def test_a_network_that_trains_in_part_is_not_folded():
     assert test_fold.shapes(folded) == test_fold.shapes(rest)
 
 
-@pytest.mark.parametrize("pieces", [(), ("upsampling",)])
+@pytest.mark.parametrize("pieces", [pytest.param((), marks=pytest.mark.slow), ("upsampling",)])
 @pytest.mark.parametrize("autoencoder", ["kl", "tiny"])
 def test_kernels_cast_once_give_the_numbers_of_kernels_cast_at_each_call(autoencoder, pieces):
     model, params = fold.fold(*test_fold.make(autoencoder), pieces)
