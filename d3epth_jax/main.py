@@ -36,8 +36,12 @@ def main(argv: list[str]) -> None:
     began = time.monotonic()
     filled = {name: fill_in(job, workdir) for name, job in jobs.items()}
     check_jobs(filled)
-    for name, job in filled.items():
-        run_job(job, workdir / name)
+    try:
+        for name, job in filled.items():
+            run_job(job, workdir / name)
+    except KeyboardInterrupt as error:
+        log.warning("interrupted: %s; the same command goes on", error or "what was done is kept")
+        sys.exit(130)
     log.info("done in %.0f s; everything is in %s", time.monotonic() - began, workdir)
 
 

@@ -10,7 +10,10 @@ import functools
 import logging
 import math
 import pathlib
+import signal
+import threading
 import time
+from collections.abc import Callable, Iterator
 
 import jax
 import numpy as np
@@ -38,7 +41,8 @@ def run(config, workdir: pathlib.Path) -> pathlib.Path:
     """Trains as `config` says and returns the directory of the trained model, `workdir/model`.
 
     A finished run returns at once; an interrupted one goes on from its newest checkpoint, bit for
-    bit as if it had never stopped (on CPU).
+    bit as if it had never stopped (on CPU). SIGTERM and Ctrl-C end it after a step, with a
+    checkpoint, as KeyboardInterrupt.
     """
     output = workdir / "model"
     total = config.train.steps
@@ -116,7 +120,7 @@ def run(config, workdir: pathlib.Path) -> pathlib.Path:
         if due and start not in scores_of(workdir):  # it ended between checkpoint and scores
             validate(start)
         waited = worked = 0.0
-        with contextlib.closing(writer), profile:
+        with contextlib.closing(writer), profile, asked_to_end() as ending:
             for step in range(start + 1, total + 1):
                 profile.at(step)
                 asked = time.monotonic()
@@ -131,7 +135,8 @@ def run(config, workdir: pathlib.Path) -> pathlib.Path:
                     average.update(step, state.params)
                 worked += time.monotonic() - asked
                 progress.update(step, note=f"AbsRel {_last(scores)}")
-                save = step % config.train.checkpoint_every == 0 or step == total
+                end = ending()  # asked once: it may come at any time
+                save = end or step % config.train.checkpoint_every == 0 or step == total
                 if step % config.train.log_every == 0 or save:
                     values = {name: float(value) for name, value in metrics.items()}
                     values["learning_rate"] = float(schedule(step - 1))
@@ -143,11 +148,40 @@ def run(config, workdir: pathlib.Path) -> pathlib.Path:
                 if save:
                     whole = dataclasses.replace(state, ema=averaged())
                     checkpoints.save(step, whole, batches.get_state())
+                if end:
+                    raise KeyboardInterrupt(
+                        f"ended after step {step}, of which a checkpoint is kept"
+                    )
                 if step % config.eval.every == 0 or step == total:
                     validate(step)
             hub.save_model(output, model, merge(averaged(), rest), text)
     tell_scores(config.stage, workdir)
     return output
+
+
+@contextlib.contextmanager
+def asked_to_end() -> Iterator[Callable[[], bool]]:
+    """Whether SIGTERM or SIGINT came; a second one interrupts at once.
+
+    Only in the main thread, which alone gets signals, and where there is one process: several would
+    have to agree on the step.
+    """
+    came = []
+
+    def note(number, frame):
+        if came:
+            raise KeyboardInterrupt
+        came.append(number)
+        log.warning("ending after this step, with a checkpoint; once more: at once")
+
+    alone = threading.current_thread() is threading.main_thread() and jax.process_count() == 1
+    signals = (signal.SIGINT, signal.SIGTERM) if alone else ()
+    before = {number: signal.signal(number, note) for number in signals}
+    try:
+        yield lambda: bool(came)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def jit_step(config, loss_fn, tx, task_weights, beta, tasks, placement, mesh):

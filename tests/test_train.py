@@ -2,6 +2,8 @@
 
 import contextlib
 import json
+import os
+import signal
 
 import jax
 import numpy as np
@@ -218,6 +220,25 @@ def test_a_run_that_ends_before_its_scores_has_its_checkpoint_and_is_scored(
     monkeypatch.setattr(train.OneProgramPerShape, "__call__", lambda *_: pytest.fail("trained"))
     train.run(config, tmp_path)
     assert evaluated_steps(tmp_path) == [0, 2] and (tmp_path / "model").is_dir()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_run_that_is_asked_to_end_keeps_the_step_it_is_at(number, pairs, tmp_path, monkeypatch):
+    config, handler = teacher_config(pairs, steps=4), signal.getsignal(number)
+    config.train.checkpoint_every = 100
+    step = train.OneProgramPerShape.__call__
+
+    def signalled(self, state, *args):
+        if int(state.step) == 2:
+            os.kill(os.getpid(), number)
+        return step(self, state, *args)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt, match="after step 3"):
+        patch.setattr(train.OneProgramPerShape, "__call__", signalled)
+        train.run(config, tmp_path)
+    assert signal.getsignal(number) is handler
+    with Checkpoints(tmp_path / "checkpoints") as checkpoints:
+        assert checkpoints.latest == 3
 
 
 def test_scores_of_a_run_that_left_nothing_do_not_stay(pairs, tmp_path, monkeypatch):
