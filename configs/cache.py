@@ -3,7 +3,8 @@
     python -m d3epth_jax.main --config=configs/cache.py --config.teacher.path=DIR \\
         --config.data.source.path=DIR --workdir=CACHE
     python -m d3epth_jax.main --config=configs/stage1.py --config.teacher.path=DIR \\
-        --config.teacher.cache=CACHE --config.data.crop=center
+        --config.teacher.cache=CACHE --config.data.crop=center --config.data.source.path=DIR \\
+        --config.eval.source.path=DIR
 
 Of every picture and its mirror image: the RGB latent, the encoded ground truth and the teacher's
 latent, float16, 38 KB each at 480x640. The second command reads them instead of running encoder and

@@ -6,6 +6,7 @@
         --config.models.student=DIR --config.eval.source.path=DIR
     python -m d3epth_jax.main --config=configs/eval.py:tiny     # trivial ones, rendered scenes
 
+A model is a directory, a hub id, or nano or nano-teacher; --config.models.second takes one more.
 The word after the colon is a benchmark: nyu, kitti, eth3d, scannet, diode, ibims or hypersim. It
 sets the source and the protocol (d3epth_jax/protocols.py: range, crop, inference size, alignment);
 single values can be changed, and then stand in the result's header:
@@ -63,7 +64,7 @@ def get_config(argument: str | None = None) -> ConfigDict:
     if tiny:
         config.models = ConfigDict()
         return config
-    config.models = ConfigDict({"student": "runs/stage2/model", "other": ""})  # "" leaves it out
+    config.models = ConfigDict({"student": "runs/stage2/model", "second": ""})  # "" leaves it out
     config.baselines = ("constant", "ramp")
     if word in BENCHMARKS:
         config.eval = common.evaluation(benchmark(word), protocol=word)

@@ -18,10 +18,11 @@ from d3epth_jax import atomic, bench_cli, data_cli
 
 log = logging.getLogger(__name__)
 
+HARDLY_READ = (".heic", ".heif")  # by Pillow, without help: told rather than passed over
 SUFFIXES = (
     *(".jpg", ".jpeg", ".png", ".webp", ".tif", ".tiff"),
     *(".bmp", ".gif", ".ppm", ".pgm", ".jp2", ".avif"),
-    *(".heic", ".heif"),  # which Pillow may not read: told rather than passed over
+    *HARDLY_READ,
 )
 OUTPUTS = ("_depth.png", "_color.png", ".npy", "_uncertainty.npy")
 
@@ -242,7 +243,7 @@ def _walk(root: pathlib.Path, out: pathlib.Path, failed) -> Iterator[pathlib.Pat
 
 
 def _is_result(path: pathlib.Path) -> bool:
-    """NAME_depth.png or NAME_color.png beside NAME.npy, which is written first."""
+    """NAME_depth.png or NAME_color.png beside NAME.npy."""
     return any(
         path.name.endswith(end) and path.with_name(path.name.removesuffix(end) + ".npy").exists()
         for end in OUTPUTS[:2]
@@ -261,14 +262,21 @@ def name_outputs(
     # Without case: some file systems do not know it.
     taken = {str(path.resolve()).casefold() for path, _ in found}
     pictures = []
-    for path, below in found:
+    # What will hardly be read gets its name last.
+    for path, below in sorted(found, key=lambda x: x[0].suffix.lower() in HARDLY_READ):
         plain = out / below.with_suffix("")
         other = plain.with_name(f"{plain.name}_{below.suffix[1:]}")
         more = (other.with_name(f"{other.name}_{number}") for number in itertools.count(2))
         for output in itertools.chain((plain, other), more):
             picture = Picture(path, output)
             files = {str(picture.file(end).resolve()).casefold() for end in OUTPUTS}
-            if not files & taken and not _holds_others(picture):
+            others = _holds_others(picture)
+            if others:
+                told = (
+                    f"d3epth: {picture.file('.npy')} or the like is no result of {path}: it stays"
+                )
+                print(told, file=sys.stderr)
+            if not files & taken and not others:
                 break
         taken |= files
         pictures.append(picture)
@@ -276,9 +284,9 @@ def name_outputs(
 
 
 def _holds_others(picture: Picture) -> bool:
-    """Whether files of its results' names are there without being results: those come together."""
-    there = [picture.file(end).exists() for end in OUTPUTS[:3]]
-    return any(there) and not all(there)
+    """Whether files are called as its results without being some: the coloured one is missing."""
+    there = {end: os.path.exists(picture.file(end)) for end in OUTPUTS}
+    return any(there.values()) and not there["_color.png"]
 
 
 def _batches(
@@ -355,11 +363,12 @@ def _write(picture: Picture, out, number: int, color_map: str) -> None:
     from d3epth_jax import image
 
     prediction = out.prediction[number]
-    _save_npy(picture.file(".npy"), prediction[..., 0])
-    image.save_png(picture.file("_depth.png"), image.export_depth_to_16bit_png(prediction))
+    # First, for it says that the others are results too.
     image.save_png(
         picture.file("_color.png"), image.visualize_depth(out.far[number], color_map=color_map)
     )
+    _save_npy(picture.file(".npy"), prediction[..., 0])
+    image.save_png(picture.file("_depth.png"), image.export_depth_to_16bit_png(prediction))
     if out.uncertainty is not None:
         _save_npy(picture.file("_uncertainty.npy"), out.uncertainty[number, ..., 0])
 

@@ -40,7 +40,9 @@ def main(argv: list[str]) -> None:
         for name, job in filled.items():
             run_job(job, workdir / name)
     except KeyboardInterrupt as error:
-        log.warning("interrupted: %s; the same command goes on", error or "what was done is kept")
+        log.warning(
+            "interrupted: %s; the same command goes on", str(error) or "what was done is kept"
+        )
         sys.exit(130)
     log.info("done in %.0f s; everything is in %s", time.monotonic() - began, workdir)
 

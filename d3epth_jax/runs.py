@@ -25,19 +25,24 @@ def claim(workdir: pathlib.Path, config, *, in_use: bool) -> None:
     path = workdir / "config.json"
     now = json.loads(config.to_json_best_effort())
     if in_use and path.exists():
-        before, wanted = (flatten_dict(c, sep=".") for c in (json.loads(path.read_text()), now))
+        before, wanted = (_binding(settings) for settings in (json.loads(path.read_text()), now))
         changed = [
             f"{key}: {before.get(key)} -> {wanted.get(key)}"
             for key in sorted(before.keys() | wanted.keys())
-            if before.get(key) != wanted.get(key) and not f".{key}".endswith(_FREE_ENDS)
+            if before.get(key) != wanted.get(key)
         ]
         if changed:
             raise ValueError(
-                f"{workdir} holds a run with other settings; choose another --workdir (a training"
-                f" there can start from this one: --config.init={workdir}) or delete it."
+                f"{workdir} holds a run with other settings; choose another --workdir or delete it."
                 f" Changed: {'; '.join(changed)}"
             )
     path.write_text(json.dumps(now, indent=2) + "\n")
+
+
+def _binding(settings: dict) -> dict:
+    """{dotted key: value} of the settings that a run keeps."""
+    flat = flatten_dict(settings, sep=".")
+    return {key: value for key, value in flat.items() if not f".{key}".endswith(_FREE_ENDS)}
 
 
 def claim_origins(workdir: pathlib.Path, config, *, in_use: bool) -> None:

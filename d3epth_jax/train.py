@@ -105,6 +105,7 @@ def run(config, workdir: pathlib.Path) -> pathlib.Path:
         start = int(state.step)
         if start == 0 and config.train.save_start:
             hub.save_model(workdir / "model_start", model, merge(averaged(), rest), text)
+        scored = in_use and start in scores_of(workdir)
         writer = MetricWriter(workdir, start_step=start if in_use else -1)
         progress = Progress(f"{config.stage} {workdir.name}", total, start=start)
         scores = {}
@@ -116,9 +117,8 @@ def run(config, workdir: pathlib.Path) -> pathlib.Path:
             scores[step] = score(config, computed, params, validation, mesh, writer, step)
             image_lib.save_png(workdir / "curves.png", curves(workdir))
 
-        due = start % config.eval.every == 0 or start == total
-        if due and start not in scores_of(workdir):  # it ended between checkpoint and scores
-            validate(start)
+        if not scored and (start % config.eval.every == 0 or start == total):
+            validate(start)  # the run begins, or ended between this checkpoint and its scores
         waited = worked = 0.0
         with contextlib.closing(writer), profile, asked_to_end() as ending:
             for step in range(start + 1, total + 1):
@@ -182,6 +182,8 @@ def asked_to_end() -> Iterator[Callable[[], bool]]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+    if came:  # after the last step, and nothing was lost
+        raise KeyboardInterrupt("the training had ended, and is saved")
 
 
 def jit_step(config, loss_fn, tx, task_weights, beta, tasks, placement, mesh):

@@ -8,7 +8,8 @@ import numpy as np
 
 from d3epth_jax import bench_measure, cli, macs
 from d3epth_jax.bench_worker import WorkerError, random_picture
-from tests.test_bench import ROW, arguments
+from tests.test_bench import ROW
+from tests.test_bench_training import arguments
 
 
 def test_each_measured_turn_follows_one_that_is_not_and_memory_the_pipeline(tmp_path):

@@ -237,8 +237,13 @@ def test_a_run_that_is_asked_to_end_keeps_the_step_it_is_at(number, pairs, tmp_p
         patch.setattr(train.OneProgramPerShape, "__call__", signalled)
         train.run(config, tmp_path)
     assert signal.getsignal(number) is handler
+
     with Checkpoints(tmp_path / "checkpoints") as checkpoints:
         assert checkpoints.latest == 3
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt, match="is saved"):
+        patch.setattr(train, "score", lambda *_: os.kill(os.getpid(), number))  # the last one
+        train.run(config, tmp_path)
+    assert (tmp_path / "model").is_dir()
 
 
 def test_scores_of_a_run_that_left_nothing_do_not_stay(pairs, tmp_path, monkeypatch):
@@ -246,8 +251,10 @@ def test_scores_of_a_run_that_left_nothing_do_not_stay(pairs, tmp_path, monkeypa
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(train.OneProgramPerShape, "__call__", interrupt)
         train.run(config, tmp_path)
+    scored, score = [], train.score
+    monkeypatch.setattr(train, "score", lambda *args: (scored.append(args[-1]), score(*args))[1])
     train.run(config, tmp_path)
-    assert evaluated_steps(tmp_path) == [0, 2]
+    assert evaluated_steps(tmp_path) == scored == [0, 2]
 
 
 def interrupt(*_):

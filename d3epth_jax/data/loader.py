@@ -5,6 +5,7 @@ JSON-serialisable state from which the very same batches follow.
 """
 
 import functools
+import signal
 from collections.abc import Callable, Mapping, Sequence
 
 import grain
@@ -124,8 +125,14 @@ def iterate(
         # Grain's workers read absl flags, which are unparsed in a notebook or another entry point.
         if not flags.FLAGS.is_parsed():
             flags.FLAGS.mark_as_parsed()
-        iterable = iterable.mp_prefetch(grain.MultiprocessingOptions(num_workers=num_workers))
+        options = grain.MultiprocessingOptions(num_workers=num_workers)
+        iterable = iterable.mp_prefetch(options, worker_init_fn=_ignore_interrupts)
     return iter(iterable)
+
+
+def _ignore_interrupts(*_) -> None:
+    """A terminal's Ctrl-C reaches workers too, and the training that it ends still needs them."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def make_loader(

@@ -15,7 +15,7 @@ import math
 import os
 import pathlib
 import tempfile
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -187,8 +187,7 @@ def load_autoencoder(
 def digest(path_or_hub_id: str | os.PathLike, revision: str | None = None) -> str:
     """By what a model can be recognised: of its weights, or the commit in the hub's cache.
 
-    Of a run's workdir it is its settings, origins and the newest checkpoint's step. "" for what is
-    not there.
+    Of a run's workdir it is the newest checkpoint's step. "" for what is not there.
     """
     path = download.bundled(path_or_hub_id) or pathlib.Path(path_or_hub_id)
     if not path.is_dir():
@@ -198,16 +197,11 @@ def digest(path_or_hub_id: str | os.PathLike, revision: str | None = None) -> st
             return ""
     if (path / "checkpoints").is_dir():
         steps = [p.name for p in (path / "checkpoints").iterdir() if p.name.isdigit()]
-        said = [file for name in ("config.json", "origins.json") if (file := path / name).is_file()]
-        return f"step {max(steps, key=int)} of {_sha256(said)[:16]}" if steps else ""
+        return f"step {max(steps, key=int)}" if steps else ""
     orbax = (file for file in (path / ORBAX).rglob("*") if file.is_file())
-    return _sha256([*sorted(path.rglob("*.safetensors")), *sorted(orbax)])
-
-
-def _sha256(files: Iterable[pathlib.Path]) -> str:
     hashes = hashlib.sha256()
-    for path in files:
-        with path.open("rb") as file:
+    for weights in [*sorted(path.rglob("*.safetensors")), *sorted(orbax)]:
+        with weights.open("rb") as file:
             hashes.update(hashlib.file_digest(file, "sha256").digest())
     return hashes.hexdigest()
 
