@@ -51,7 +51,7 @@ def test_predict_needs_no_more_than_a_photo_and_no_network(tmp_path, monkeypatch
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(socket, "socket", lambda *_, **__: pytest.fail("network"))
     assert cli.main(["predict", "photo.png"]) == 0
-    depth = np.load(tmp_path / "depth/photo.npy")
+    depth = np.load(tmp_path / "depth_maps/photo.npy")
     assert depth.shape == (48, 64) and 0 <= depth.min() < depth.max() <= 1
 
 

@@ -68,7 +68,10 @@ def test_batch_loss_is_the_mean_over_images_with_a_loss():
     assert metrics["without_loss"] == 0.25
 
 
-@pytest.mark.parametrize("options", [losses.PRESETS["default"], losses.PRESETS["e2e_compat"]])
+@pytest.mark.parametrize(
+    "options",
+    [losses.PRESETS["default"], pytest.param(losses.PRESETS["e2e_compat"], marks=pytest.mark.slow)],
+)
 def test_accumulated_step_equals_the_whole_batch(options):
     # SGD: Adam's division would blow rounding up where a gradient is near zero.
     batch = scenes(4)

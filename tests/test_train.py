@@ -56,7 +56,8 @@ def weights(directory) -> dict[str, bytes]:
 
 
 @pytest.mark.parametrize(
-    "source", ["folder", "procedural", pytest.param("little memory", marks=pytest.mark.slow)]
+    "source",
+    ["folder", *(pytest.param(n, marks=pytest.mark.slow) for n in ("procedural", "little memory"))],
 )
 def test_interrupted_run_resumes_bit_for_bit(source, pairs, tmp_path, monkeypatch):
     config = teacher_config(pairs)
@@ -222,7 +223,9 @@ def test_a_run_that_ends_before_its_scores_has_its_checkpoint_and_is_scored(
     assert evaluated_steps(tmp_path) == [0, 2] and (tmp_path / "model").is_dir()
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize(
+    "number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)]
+)
 def test_a_run_that_is_asked_to_end_keeps_the_step_it_is_at(number, pairs, tmp_path, monkeypatch):
     config, handler = teacher_config(pairs, steps=4), signal.getsignal(number)
     config.train.checkpoint_every = 100
