@@ -125,10 +125,9 @@ def require_models(config) -> None:
 
     Before data is read for them; one that the config trains first is not asked for.
     """
-    made = config.init if config.get("init_config") is not None else None
     asked = {
         "teacher.path": config.teacher.path,
-        "init": config.init if config.init != made else "",
+        "init": config.init if config.get("init_config") is None else "",
         "autoencoder.path": config.autoencoder.path,
     }
     missing = [f"{key}={path}" for key, path in asked.items() if path and not may_be_read(path)]

@@ -7,13 +7,12 @@ from flax.traverse_util import flatten_dict
 
 from d3epth_jax.weights import hub
 
-# What may differ where a run goes on: nothing of what comes out depends on it. (Where a run is says
-# its path; a config alone says where it would be.)
+# Ends of keys that may differ where a run goes on: nothing of what comes out depends on them.
+# (Where a run is says its path; a config alone says where it would be.)
 FREE = (
-    *("workdir", "train.log_every", "train.checkpoint_every", "train.keep_checkpoints"),
-    *("train.profile", "eval.batch_size", "eval.num_pictures"),
+    *(".workdir", ".train.log_every", ".train.checkpoint_every", ".train.keep_checkpoints"),
+    *(".train.profile", ".eval.batch_size", ".eval.num_pictures"),
 )
-_FREE_ENDS = tuple(f".{key}" for key in FREE)
 
 
 def claim(workdir: pathlib.Path, config, *, in_use: bool) -> None:
@@ -42,7 +41,7 @@ def claim(workdir: pathlib.Path, config, *, in_use: bool) -> None:
 def _binding(settings: dict) -> dict:
     """{dotted key: value} of the settings that a run keeps."""
     flat = flatten_dict(settings, sep=".")
-    return {key: value for key, value in flat.items() if not f".{key}".endswith(_FREE_ENDS)}
+    return {key: value for key, value in flat.items() if not f".{key}".endswith(FREE)}
 
 
 def claim_origins(workdir: pathlib.Path, config, *, in_use: bool) -> None:

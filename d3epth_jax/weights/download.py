@@ -64,7 +64,7 @@ def is_hub_id(name: str) -> bool:
 
 def may_be_read(name: str | os.PathLike) -> bool:
     """Whether `locate` could find it: a directory, a bundled model, or a name for the hub."""
-    return pathlib.Path(name).is_dir() or str(name) in BUNDLED or is_hub_id(str(name))
+    return pathlib.Path(name).is_dir() or bundled(name) is not None or is_hub_id(str(name))
 
 
 def commit(directory: pathlib.Path) -> str:
