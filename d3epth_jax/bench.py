@@ -14,19 +14,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from d3epth_jax import macs, memory, optim, steps, weighting
+from d3epth_jax import macs, memory
 from d3epth_jax.bench_worker import random_picture, serve
 from d3epth_jax.models import presets
-from d3epth_jax.models.config import TinyAutoencoderConfig
 from d3epth_jax.models.depth_model import DepthModel, count_params, init_params
 from d3epth_jax.pipeline import DepthPipeline
-from d3epth_jax.stages import latent, pixel
-from d3epth_jax.train_state import init_train_state, merge, split_trainable
 from d3epth_jax.typing import Params
-from d3epth_jax.weights import fold, hub
+from d3epth_jax.weights import hub
 
 MATMUL_SIDE = {"cpu": 2048}  # others: 8192
-FIRST_BATCH = 8  # an accelerator's micro-batch is looked for from here on
 
 
 def read(name: str, dtype: str, *, remat: bool = False) -> tuple[DepthModel, Params]:
@@ -131,10 +127,6 @@ class Ours:
         described = DepthModel(*presets.get(model), presets.SINGLE_STEP)
         return macs.saved_by_piece(described, tuple(size))
 
-    def train(self, **settings) -> dict:
-        """A step of training: see `train`."""
-        return train(**settings)
-
 
 def device() -> dict:
     found = jax.devices()[0]
@@ -172,191 +164,11 @@ def matmul_peak(dtype: str) -> float:
     return 2 * n**3 * chain / min(timed(lambda: multiply(x, y)) for _ in range(5))
 
 
-def train(
-    stage: str,
-    model: str,
-    size: tuple[int, int],
-    batch: int,
-    dtype: str,
-    remat: bool,
-    runs: int,
-    micro: int = 0,
-) -> dict:
-    """A step of the largest micro-batch that fits, or of `batch` pictures by accumulation.
-
-    Args:
-      stage: "stage2" is the hybrid loss in pixels, through the decoder; "stage1" distils from
-        cached latents, with the teacher's UNet alone, for its features.
-      runs: how often a step is measured.
-      micro: pictures at a time, a divisor of `batch`; 0: so many as fit, in a step of their own.
-    """
-    student, params = read(model, dtype, remat=remat)
-    patterns = ["unet/"]
-    if stage == "stage2" and isinstance(student.autoencoder, TinyAutoencoderConfig):
-        patterns.append("decoder/")  # METHOD 8: light decoders train, the KL decoder does not
-    teacher, of_teacher, adapters, own_encoder = None, {}, {}, False
-    if stage == "stage1":
-        teacher, of_teacher, adapters = _teacher(student, model, size)
-        # As configs/stage1.py: an encoder that is not the teacher's learns its RGB latent.
-        own_encoder = presets.get(model)[1] != presets.get(teacher_of(model))[1]
-        patterns += ["encoder/"] if own_encoder else []
-    if adapters:
-        params, patterns = {**params, "adapters": adapters}, [*patterns, "adapters/"]
-    trainable, rest = split_trainable(params, tuple(patterns))
-    # As train.py: what does not train is folded, and cast once.
-    student, rest = fold.fold_frozen(student, trainable, rest)
-    frozen = jax.device_put({"rest": fold.cast_kernels(student, rest), "teacher": of_teacher})
-    forward = _forward(student, merge(trainable, rest), size)
-    if stage == "stage2":
-        loss_fn, beta, tasks = pixel.make_loss(student), {"ssi": 1.0, "edge": 0.5}, pixel.TASKS
-        macs_each = macs.of_training(forward, [p.split("/")[0] for p in patterns], ["decoder"])
-        task_weights = weighting.dwa(len(tasks))
-    else:
-        beta, tasks = {"gt": 1.0, "out": 1.0}, ()
-        beta |= ({"feat": 0.1} if of_teacher else {}) | ({"enc": 1.0} if own_encoder else {})
-        loss_fn = latent.make_loss(
-            student, teacher, terms=tuple(beta), share_encoder=not own_encoder, cached=True
-        )
-        trains = ["unet", "encoder"] if own_encoder else ["unet"]
-        macs_each = macs.of_training({part: forward[part] for part in trains}, trains)
-        if of_teacher:
-            macs_each += _forward(teacher, of_teacher, size)["unet"]
-        task_weights = weighting.static(0)
-    make_batch = _pairs
-    if stage == "stage1":
-        make_batch = functools.partial(_cached, student, pictures=own_encoder)
-    tx = optim.make_optimizer(optim.make_schedule(3e-5, total_steps=20_000))
-
-    def attempt(micro: int, accumulate: int = 1) -> dict:
-        memory.forget_peak()
-        step = jax.jit(
-            steps.make_train_step(
-                loss_fn, tx, task_weights, beta=beta, tasks=tasks, accumulate=accumulate
-            ),
-            donate_argnums=0,
-        )
-        # A copy, since the step overwrites it.
-        state = jax.jit(lambda p: init_train_state(p, tx, task_weights))(trainable)
-        data = jax.device_put(make_batch(micro * accumulate, size))
-        began = time.perf_counter()
-        step = step.lower(state, frozen, data).compile()
-        compile_s, seconds = time.perf_counter() - began, []
-        for _ in range(1 + runs):
-            began = time.perf_counter()
-            state, metrics = step(state, frozen, data)
-            jax.block_until_ready((state, metrics))
-            seconds.append(time.perf_counter() - began)
-        return {
-            "micro": micro,
-            "accumulate": accumulate,
-            "compile_s": compile_s,
-            "seconds": seconds[1:],
-            "loss": float(metrics["loss"]),
-            "macs": macs_each * micro * accumulate,
-            "memory": most_memory(),
-        }
-
-    if micro:
-        result = attempt(micro, batch // micro)
-    elif jax.default_backend() == "cpu":
-        # A computer's memory has no limit that could be met without being ended by the system.
-        result = attempt(1)
-    else:
-        result = largest_that_fits(attempt, min(FIRST_BATCH, batch), batch)
-    trained = count_params(trainable)
-    return {"result": result, "trained": trained, "matmul": matmul_peak(dtype), **device()}
-
-
-def largest_that_fits(attempt: Callable[[int], dict], first: int, limit: int) -> dict:
-    """`attempt(n)` of the largest n = first 2^k <= limit for which memory suffices.
-
-    With "after_failure" where a larger one was tried before: its memory is that one's then. Raises
-    MemoryError where not even n = 1 fits.
-    """
-    size, best, shrinking = first, None, False
-    while True:
-        try:
-            best = attempt(size)
-        except (RuntimeError, MemoryError) as error:
-            if not is_out_of_memory(error):
-                raise
-            if best is not None:
-                return best
-            if size == 1:
-                raise MemoryError("not even a batch of 1 fits in memory") from error
-            size, shrinking = size // 2, True
-            gc.collect()
-            continue
-        if shrinking:
-            return best | {"after_failure": True}
-        if 2 * size > limit:
-            return best
-        size *= 2
-
-
-def is_out_of_memory(error: Exception) -> bool:
-    text = str(error)
-    return isinstance(error, MemoryError) or any(
-        sign in text for sign in ("RESOURCE_EXHAUSTED", "Out of memory", "out of memory")
-    )
-
-
-def _teacher(student: DepthModel, name: str, size) -> tuple[DepthModel, Params, Params]:
-    """(teacher, its UNet's parameters, adapters of features) for stage 1 from a cache.
-
-    Without parameters and adapters where the UNets' features cannot be paired.
-    """
-    teacher, params = read(teacher_of(name), student.dtype)
-    teacher, params = fold.fold(teacher, params)
-    try:
-        adapters = latent.init_adapters(student, teacher, jax.random.key(0), *size)
-    except ValueError:
-        return teacher, {}, {}
-    needed = {part: params[part] for part in ("unet", "prompt") if part in params}
-    return teacher, fold.cast_kernels(teacher, needed), adapters
-
-
-def teacher_of(name: str) -> str:
-    """The preset that a preset's student is distilled from: of the same kind, by its name."""
-    return next((f"d2_{kind}" for kind in ("light", "nano") if kind in name), "d2_base")
-
-
-def _pairs(count: int, size) -> dict:
-    """A batch of stage 2."""
-    rng = np.random.default_rng(0)
-    return {
-        "image": rng.integers(0, 256, (count, *size, 3), np.uint8),
-        "depth": rng.uniform(1, 10, (count, *size, 1)).astype(np.float32),
-        "mask": np.ones((count, *size, 1), bool),
-    }
-
-
-def _cached(model: DepthModel, count: int, size, *, pictures: bool) -> dict:
-    """A batch of stage 1 as a teacher cache holds it, with the pictures or without."""
-    rng = np.random.default_rng(0)
-    cells = count, *(side // model.downsample for side in size)
-    names = ("rgb_latent", "gt_latent", "teacher_latent")
-    shape = *cells, model.autoencoder.latent_channels
-    return {
-        **{name: rng.standard_normal(shape, np.float32).astype(np.float16) for name in names},
-        "latent_mask": np.ones((*cells, 1), bool),
-        "has_target": np.ones(count, bool),
-        **({"image": rng.integers(0, 256, (count, *size, 3), np.uint8)} if pictures else {}),
-    }
-
-
-def _forward(model: DepthModel, params: Params, size) -> dict[str, int]:
-    """MACs of one picture in each network, as a training step computes it."""
-    tokens = params["prompt"].shape[1] if "prompt" in params else 2
-    folded = macs.folded(model, fold.TRAINING, tokens)
-    return {part: found.dense for part, found in macs.of_model(*folded, size).items()}
-
-
 def _shapes(params: Params) -> Params:
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), params)
 
 
 if __name__ == "__main__":
     ours = Ours()
-    names = ("open", "count", "run", "part", "memory", "matmul", "pieces", "train")
+    names = ("open", "count", "run", "part", "memory", "matmul", "pieces")
     serve({"device": device, **{name: getattr(ours, name) for name in names}})

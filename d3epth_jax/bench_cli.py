@@ -56,10 +56,10 @@ def add_bench(commands) -> None:
     add("--compare", choices=("diffusers",), help="the same weights through it, alternating")
     add("--runs", type=int, default=7, metavar="N", help="the median of so many")
     add("--ahead", type=int, default=1, metavar="N",
-        help="so many models (beside nothing) are read and compiled together, all in the device's"
-        " memory, before they are measured one by one: much faster where there are cores for it;"
-        " 'first call' says nothing then, and as XLA chooses kernels by timing them, hold a row"
-        " against one of --ahead 1")  # fmt: skip
+        help="so many models, or training steps, are read and compiled together, models in the"
+        " device's memory, before they are measured one by one: much faster where there are cores"
+        " for it; the time of compiling is not shown then, and as XLA chooses kernels by timing"
+        " them, hold a row against one of --ahead 1")  # fmt: skip
     add("--resume", action="store_true",
         help="keep what --out has, and measure what it has not; else it begins anew")  # fmt: skip
     add("--out", type=pathlib.Path, metavar="DIR",

@@ -19,17 +19,19 @@ Todo = list[tuple[str, dict]]  # each job with its label
 
 
 def waves(todo: Todo, ahead: int) -> Iterator[Todo]:
-    """What is made ready together: predictions, `ahead` of them. All else has the memory alone."""
-    wave = []
+    """What is made ready together: `ahead` predictions, or so many training steps.
+
+    All else is alone: pieces need no device, and a comparison has it for itself.
+    """
+    wave, before = [], None
     for label, job in todo:
-        alone = job["what"] != "predict" or job["compared"]
-        if wave and (alone or len(wave) == ahead):
+        alone = job["what"] == "pieces" or job.get("compared")
+        kind = None if alone else job["what"] == "predict"
+        if wave and (alone or kind != before or len(wave) == ahead):
             yield wave
             wave = []
         wave.append((label, job))
-        if alone:
-            yield wave
-            wave = []
+        before = kind
     if wave:
         yield wave
 
@@ -69,7 +71,7 @@ def measured(job: dict, args: argparse.Namespace, *ready: Future) -> dict:
 
 
 class Ready(NamedTuple):
-    """A model in a process that waits to be asked."""
+    """A model, or a training step, in a process that waits to be asked."""
 
     ours: Any
     folder: pathlib.Path
@@ -83,16 +85,25 @@ def _begun(job: dict, *, shares: bool) -> Iterator[Ready]:
     """shares: the device's memory, with other processes."""
     with contextlib.ExitStack() as stack:
         env = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"} if shares else {}
-        ours = _worker(stack, "bench", env)
+        ours = _worker(stack, "bench" if job["what"] == "predict" else "bench_train", env)
         folder = pathlib.Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        saved = str(folder / "model") if job["compared"] and not is_model(job["model"]) else ""
+        saves = job.get("compared") and not is_model(job["model"])
+        saved = str(folder / "model") if saves else ""
         yield Ready(ours, folder, saved, {}, stack.close)
 
 
 def _made_ready(job: dict, ready: Ready, together: int = 1) -> Ready:
-    """Opened, counted and run twice; where several are made ready together also part by part."""
+    """Opened, counted and run twice; where several are made ready together also part by part.
+
+    A training step is compiled.
+    """
     ours, row = ready.ours, ready.row
     try:
+        if job["what"] != "predict":
+            settings = ("model", "size", "dtype", "remat", "micro", "batch")
+            row |= ours.ask("compile", stage=job["what"], **{key: job[key] for key in settings})
+            row |= {"ahead": together} if together > 1 else {}
+            return ready
         row |= ours.ask(
             "open",
             model=job["model"],
@@ -204,24 +215,29 @@ def _alternating(runs: int, requests: dict) -> dict[str, list[float]]:
     return seconds
 
 
-def _train(job: dict, args: argparse.Namespace) -> dict:
+def _train(job: dict, args: argparse.Namespace, ready: Ready | None = None) -> dict:
     """A step of the largest micro-batch, and one of the whole batch by accumulation.
 
-    Where the micro-batch is given, only the second.
+    Where the micro-batch is given, only the second. Each is in a process of its own: an accelerator
+    does not forget the most memory it ever had.
     """
-    settings = {key: job[key] for key in ("model", "size", "dtype", "remat")}
 
-    def step(micro: int, batch: int) -> dict:
-        # In a process of its own: an accelerator does not forget the most memory it ever had.
+    def step(micro: int, batch: int, ready: Ready | None = None) -> dict:
         with contextlib.ExitStack() as stack:
-            worker = _worker(stack, "bench", {})
-            return worker.ask(
-                "train", stage=job["what"], runs=args.runs, micro=micro, batch=batch, **settings
-            )
+            if ready:
+                stack.callback(ready.close)
+            else:
+                begun = stack.enter_context(_begun(job, shares=False))
+                ready = _made_ready(job | {"micro": micro, "batch": batch}, begun)
+            result = ready.ours.ask("step", runs=args.runs)
+            matmul = ready.ours.ask("matmul", dtype=job["dtype"])["flops"]
+            return ready.row | {"matmul": matmul, "result": result}
 
     batch = job["batch"]
-    row = step(job["micro"], batch)
+    row = step(job["micro"], batch, ready)
     largest = row.pop("result")
+    if ready:  # compiled beside others
+        del largest["compile_s"]
     if largest.get("after_failure"):
         largest = step(largest["micro"], largest["micro"])["result"]
     results = [largest]

@@ -16,7 +16,8 @@ NOTES = {
     " call: with compilation; - where others were compiled at the same time (--ahead).",
     "train": "Batches lie on the device: no loading of data. MFU: forward and gradients, without"
     " what is recomputed, of a large matrix product's measured speed. Hours: for the pictures"
-    " of METHOD's 20k (stage 2) and 30k (stage 1) steps of 32.",
+    " of METHOD's 20k (stage 2) and 30k (stage 1) steps of 32. Compile: - where others were"
+    " compiled at the same time (--ahead).",
     "compare": "Ratio: diffusers' time / ours, alternating runs, the same weights and threads;"
     " above 1 ours is faster. Difference: the largest between the two depth maps, in [0,1].",
     "pieces": "MACs without taps on the padding, by formula and by XLA's cost analysis of the"
@@ -124,7 +125,8 @@ def _training(row: dict) -> Iterable[list[str]]:
         yield [
             row["what"], row["model"], _size(row), batch, row["dtype"],
             "yes" if row["remat"] else "no",
-            f"{row['trained'] / 1e6:.2f}", f"{found['compile_s']:.1f}", f"{seconds:.3g}",
+            f"{row['trained'] / 1e6:.2f}",
+            f"{found['compile_s']:.1f}" if "compile_s" in found else "-", f"{seconds:.3g}",
             f"{count / seconds:.3g}",
             f"{100 * 2 * found['macs'] / seconds / row['matmul']:.1f}",
             _gib(found["memory"]),

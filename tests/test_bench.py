@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from d3epth_jax import bench, bench_measure, bench_report, cli, macs
+from d3epth_jax import bench, bench_measure, bench_report, bench_train, cli, macs
 from d3epth_jax.bench_worker import Worker, WorkerError
 from d3epth_jax.models import presets
 from d3epth_jax.models.config import AutoencoderKLConfig
@@ -81,9 +81,13 @@ def test_several_steps_from_zero_are_folded_as_the_pipeline_folds_them(tmp_path)
 def test_training_steps_are_measured_alone_and_accumulated(
     small_presets, stage, model, trained, micro
 ):
-    found = bench.train(stage, model, [32, 48], 4, "float32", False, 1, micro)
-    result = found["result"]
+    settings = {"size": [32, 48], "dtype": "float32", "remat": False}
+    training = bench_train.Training()
+    found = training.compile(4, micro, stage=stage, model=model, **settings)
+    result = training.step(1)
     assert (result["micro"], result["accumulate"]) == ((2, 2) if micro else (1, 1))
+    held = bench_train.planned(training.program)  # at least parameters, moments and average
+    assert 16 * found["trained"] < held < result["memory"]["bytes"]
     assert np.isfinite(result["loss"]) and len(result["seconds"]) == 1
     params = bench.read(model, "float32")[1]
     count = sum(x.size for part in trained for x in jax.tree.leaves(params[part]))
@@ -100,10 +104,10 @@ def test_training_steps_are_measured_alone_and_accumulated(
 def test_training_is_counted_as_it_computes(small_presets):
     model, params = bench.read("d3_light", "float32")
     whole = macs.of_model(model, params, (32, 48))
-    counted = bench._forward(model, params, (32, 48))
+    counted = bench_train._forward(model, params, (32, 48))
     assert counted["unet"] < whole["unet"].dense and counted["decoder"] < whole["decoder"].dense
     assert counted["encoder"] == whole["encoder"].dense
-    once = bench._forward(*fold.fold(model, params), (32, 48))  # what is folded already
+    once = bench_train._forward(*fold.fold(model, params), (32, 48))  # what is folded already
     assert once["unet"] < counted["unet"]
 
 

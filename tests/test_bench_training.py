@@ -5,75 +5,77 @@ import json
 
 import pytest
 
-from d3epth_jax import bench, bench_measure, bench_report, cli
+from d3epth_jax import bench_measure, bench_report, bench_train, cli
 
 
 def arguments(**settings) -> argparse.Namespace:
     return argparse.Namespace(**{"runs": 2, "out": None, **settings})
 
 
+class FakeWorker:
+    """Answers as a device would on which `fits` pictures do; `asked`: (micro, batch) of each."""
+
+    def __init__(self, asked: list, fits: int, planned_wrong: bool = False):
+        self.asked, self.fits, self.planned_wrong = asked, fits, planned_wrong
+
+    def ask(self, do, micro=0, batch=0, **settings):
+        if do == "compile":
+            assert settings["remat"] and settings["stage"] == "stage2"
+            self.asked.append((micro, batch))
+            self.micro, self.accumulate = (micro, batch // micro) if micro else (self.fits, 1)
+            self.failed = self.planned_wrong and not micro
+            return {"trained": 3}
+        if do == "matmul":
+            return {"flops": 1e12}
+        found = {"micro": self.micro, "accumulate": self.accumulate, "compile_s": 1.0}
+        failed = {"after_failure": True} if self.failed else {}
+        return found | failed | {"memory": 9 - len(self.asked)}
+
+
+def trained(monkeypatch, batch: int, micro: int, *fits) -> tuple[dict, list]:
+    asked = []
+    monkeypatch.setattr(bench_measure, "_worker", lambda *_: FakeWorker(asked, *fits))
+    job = {"what": "stage2", "model": "d2_base", "size": [8, 8], "batch": batch, "remat": True}
+    return bench_measure._train(job | {"dtype": "float32", "micro": micro}, arguments()), asked
+
+
 @pytest.mark.parametrize(
     ("batch", "micro", "fits", "asked"),
-    [(32, 0, 8, [0, 8]), (12, 0, 8, [0, 6]), (7, 0, 4, [0, 1]), (8, 0, 8, [0]), (32, 4, 8, [4])],
+    [
+        (32, 0, 8, [(0, 32), (8, 32)]),
+        (12, 0, 8, [(0, 12), (6, 12)]),
+        (7, 0, 4, [(0, 7), (1, 7)]),
+        (8, 0, 8, [(0, 8)]),
+        (32, 4, 8, [(4, 32)]),
+    ],
 )
 def test_the_accumulated_step_is_exactly_the_batch_in_a_process_of_its_own(
     monkeypatch, batch, micro, fits, asked
 ):
-    seen = []
-
-    class FakeWorker:
-        def ask(self, do, *, micro, **settings):
-            seen.append((self, micro))
-            assert settings["remat"] and settings["batch"] == batch
-            micro, accumulate = (micro, batch // micro) if micro else (fits, 1)
-            return {"result": {"micro": micro, "accumulate": accumulate}, "trained": 3}
-
-    monkeypatch.setattr(bench_measure, "_worker", lambda *_: FakeWorker())
-    job = {"what": "stage2", "model": "d2_base", "size": [8, 8], "batch": batch, "remat": True}
-    row = bench_measure._train(job | {"dtype": "float32", "micro": micro}, arguments())
-    assert [micro for _, micro in seen] == asked and len({id(w) for w, _ in seen}) == len(asked)
+    row, seen = trained(monkeypatch, batch, micro, fits)
+    assert seen == asked
     last = row["results"][-1]
     assert last["micro"] * last["accumulate"] == batch and row["trained"] == 3
 
 
 def test_memory_of_a_batch_that_did_not_fit_is_not_shown_as_that_of_one_that_did(monkeypatch):
-    seen = []
-
-    class FakeWorker:
-        def ask(self, do, *, micro, batch, **settings):
-            seen.append((micro, batch))
-            result = {"micro": 4, "accumulate": batch // 4, "memory": 9 - len(seen)}
-            return {
-                "result": result if micro else result | {"accumulate": 1, "after_failure": True}
-            }
-
-    monkeypatch.setattr(bench_measure, "_worker", lambda *_: FakeWorker())
-    job = {"what": "stage2", "model": "d2_base", "size": [8, 8], "batch": 8, "remat": True}
-    row = bench_measure._train(job | {"dtype": "float32", "micro": 0}, arguments())
-    assert seen == [(0, 8), (4, 4), (4, 8)]
+    row, asked = trained(monkeypatch, 8, 0, 4, True)
+    assert asked == [(0, 8), (4, 4), (4, 8)]
     assert [(found["accumulate"], found["memory"]) for found in row["results"]] == [(1, 7), (2, 6)]
 
 
 @pytest.mark.parametrize(
-    ("first", "limit", "room", "tried", "best"),
-    [
-        (8, 32, 100, [8, 16, 32], 32),
-        (8, 32, 20, [8, 16, 32], 16),
-        (8, 32, 3, [8, 4, 2], 2),
-        (1, 1, 100, [1], 1),
-    ],
+    ("limit", "room", "tried"), [(32, 100, [32]), (32, 20, [32, 16]), (12, 4, [12, 6, 3])]
 )
-def test_the_largest_batch_is_found_by_doubling_and_halving(first, limit, room, tried, best):
+def test_the_largest_batch_is_found_by_halving(limit, room, tried):
     seen = []
 
     def attempt(size):
         seen.append(size)
         if size > room:
             raise RuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate")
-        return {"micro": size}
 
-    found = bench.largest_that_fits(attempt, first, limit)
-    assert found == {"micro": best} | ({"after_failure": True} if best < first else {})
+    bench_train.largest_that_fits(attempt, limit)
     assert seen == tried
 
 
@@ -85,9 +87,52 @@ def test_other_errors_and_no_room_at_all_are_told():
         raise MemoryError
 
     with pytest.raises(RuntimeError, match="INVALID_ARGUMENT"):
-        bench.largest_that_fits(fails, 8, 32)
+        bench_train.largest_that_fits(fails, 8)
     with pytest.raises(MemoryError, match="not even a batch of 1"):
-        bench.largest_that_fits(full, 8, 32)
+        bench_train.largest_that_fits(full, 8)
+
+
+def test_what_is_planned_beyond_the_limit_is_not_run_and_what_runs_out_is_halved(monkeypatch):
+    """The device holds 20 pictures by its plan, and 10 in truth."""
+    compiled, ran = [], []
+    training = bench_train.Training()
+
+    def compile(micro, accumulate=1):
+        compiled.append(micro)
+        training.micro, training.accumulate = micro, accumulate
+        if micro > 20:
+            raise MemoryError("planned")
+
+    def run(runs):
+        ran.append(training.micro)
+        if training.micro > 10:
+            raise RuntimeError("RESOURCE_EXHAUSTED")
+        return {"micro": training.micro}
+
+    monkeypatch.setattr(training, "_compile", compile)
+    monkeypatch.setattr(training, "_run", run)
+    bench_train.largest_that_fits(compile, 32)
+    assert training.step(1) == {"micro": 8, "after_failure": True}
+    assert (compiled, ran) == ([32, 16, 8], [16, 8])
+    training.micro, training.accumulate = 16, 2  # as it was asked for: no other is tried
+    with pytest.raises(RuntimeError, match="RESOURCE_EXHAUSTED"):
+        training.step(1)
+
+
+@pytest.mark.parametrize(
+    ("kinds", "expected"),
+    [
+        ("pppp", ["ppp", "p"]),
+        ("cttpp", ["c", "tt", "pp"]),
+        ("ccp", ["c", "c", "p"]),
+        ("tpxp", ["t", "p", "x", "p"]),
+    ],
+)
+def test_predictions_are_made_ready_together_and_so_are_training_steps(kinds, expected):
+    words = {"p": "predict", "c": "predict", "t": "stage2", "x": "pieces"}
+    todo = [(kind, {"what": words[kind], "compared": kind == "c"}) for kind in kinds]
+    waves = bench_measure.waves(todo, 3)
+    assert ["".join(label for label, _ in wave) for wave in waves] == expected
 
 
 @pytest.mark.parametrize("micro", [8, 32])
@@ -103,9 +148,11 @@ def test_hours_are_of_a_whole_training_whatever_the_batch(micro):
 
 
 @pytest.mark.slow
-def test_all_of_it_in_small_with_processes_of_its_own(tmp_path):
+@pytest.mark.parametrize("ahead", [1, 8])
+def test_all_of_it_in_small_with_processes_of_its_own(ahead, tmp_path):
     arguments = ["bench", "d3_nano", "--all", "--size", "32x48", "--train-size", "32x48"]
     arguments += ["--train-batch", "2", "--batch", "1", "--dtype", "float32", "--runs", "1"]
+    arguments += ["--ahead", str(ahead)]
     assert cli.main([*arguments, "--out", str(tmp_path)]) == 0
     rows = json.loads((tmp_path / "bench.json").read_text())["rows"]
     assert not [row["error"] for row in rows if "error" in row]
