@@ -147,6 +147,20 @@ def test_hours_are_of_a_whole_training_whatever_the_batch(micro):
     assert float(line.split("|")[-2]) == pytest.approx(20_000 / 3600, abs=0.01)
 
 
+def test_a_matrix_product_that_was_slowed_down_flatters_nothing():
+    """The peak is the fastest that the device was at it, in any row of the same type."""
+    kinds = {"what": "stage2", "model": "d2_base", "size": [8, 8], "remat": True, "trained": 1}
+    found = {"micro": 1, "accumulate": 1, "seconds": [1.0], "macs": 10**12}
+    kinds["results"] = [found | {"memory": {"bytes": 2**30}}]
+    rows = [
+        kinds | {"dtype": dtype, "device": "A", "matmul": matmul}
+        for dtype, matmul in (("bfloat16", 4e12), ("bfloat16", 8e12), ("float32", 2e12))
+    ]
+    lines = [x.split("|") for x in bench_report.markdown(rows).splitlines() if "| d2_base" in x]
+    assert [float(line[-4]) for line in lines] == [25.0, 25.0, 100.0]
+    assert [line[8].strip() for line in lines] == ["-"] * 3, "compiled beside others"
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("ahead", [1, 8])
 def test_all_of_it_in_small_with_processes_of_its_own(ahead, tmp_path):
