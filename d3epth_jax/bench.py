@@ -1,4 +1,4 @@
-"""How fast this package predicts and trains: `python -m d3epth_jax.bench` answers requests.
+"""How fast this package predicts: `python -m d3epth_jax.bench` answers requests.
 
 `bench_measure` asks, one process for each line of the table (bench_worker.py). Weights of presets
 are random: they cost the same as any others.
@@ -148,7 +148,7 @@ def timed(function: Callable) -> float:
 
 
 def matmul_peak(dtype: str) -> float:
-    """2 n^3 / seconds of the fastest of some square products, large enough to reach the peak."""
+    """2 n^3 / seconds of a square product, the fastest of five, large enough to reach the peak."""
     platform = jax.default_backend()
     n, chain = MATMUL_SIDE.get(platform, 8192), 1 if platform == "cpu" else 8
     x, y = (jax.random.normal(jax.random.key(i), (n, n), dtype) for i in (0, 1))

@@ -31,8 +31,9 @@ def add_bench(commands) -> None:
         description="Measures presets (with random weights: they cost the same) or model"
         " directories, each in a process of its own. Without a network.",
         epilog="`d3epth bench --all` is everything an accelerator is to show: all presets folded"
-        " and not, one beside diffusers where that is installed, a stage-2 step with the largest"
-        " batch that fits and with 32 by accumulation, rematerialised and not, stage 1 from cached"
+        " and not, one beside diffusers where that is installed, a stage-2 step with as many"
+        " pictures of 32 at a time as fit (else a half, a quarter, ...: then also 32 by"
+        " accumulation), rematerialised and not, stage 1 from cached"
         " latents, and the hours of a whole training. Exit code: 0 all done, 1 some measurements"
         " failed, 2 wrong arguments, 130 interrupted (what was done is kept: --resume goes on).",
     )
@@ -48,8 +49,8 @@ def add_bench(commands) -> None:
     add("--batch", nargs="+", type=int, metavar="N", help="pictures at a time; default 1")
     add("--train-batch", type=int, default=32, metavar="N", help="pictures of an optimiser step")
     add("--micro", type=int, default=0, metavar="N",
-        help="of these at a time; default: as many as fit, then as many of those as divide it; on"
-        " a CPU one")  # fmt: skip
+        help="of these at a time; default: all, or a half, a quarter, ... what first fits into the"
+        " memory JAX may take (XLA_PYTHON_CLIENT_MEM_FRACTION); on a CPU one")  # fmt: skip
     add("--dtype", choices=("float32", "bfloat16"), help="default float32; --all: bfloat16")
     add("--fold", choices=("yes", "no", "both"), help="default yes; --all: both")
     add("--no-remat", action="store_true", help="training keeps all activations")
@@ -101,7 +102,7 @@ def bench(args: argparse.Namespace) -> int:
                         waves.append([(label, job)])
                         continue
                     failed |= "error" in now
-                    rows = _in_order([r for r in rows if not _is_of(r, job)] + [now], jobs)
+                    rows = _in_order(_replaced(rows, job, now), jobs)
                     _save(args, rows)
     except KeyboardInterrupt:
         if rows:
@@ -150,6 +151,12 @@ def _is_of(row: dict, job: dict) -> bool:
     """Whether a row is of what a job measures, were it with fewer runs or without a comparison."""
     row = {"micro": 0} | row  # of before there was --micro
     return {key: job[key] for key in job if key not in EXTENT}.items() <= row.items()
+
+
+def _replaced(rows: list[dict], job: dict, now: dict) -> list[dict]:
+    """The rows with one more; an error takes the place of errors only."""
+    kept = [r for r in rows if not _is_of(r, job) or ("error" in now and "error" not in r)]
+    return [*kept, now]
 
 
 def _in_order(rows: list[dict], jobs: list[dict]) -> list[dict]:

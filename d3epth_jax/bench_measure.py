@@ -38,7 +38,7 @@ def waves(todo: Todo, ahead: int) -> Iterator[Todo]:
 
 @contextlib.contextmanager
 def ready_together(wave: Todo) -> Iterator[list[list[Future]]]:
-    """Of each job what `measured` takes beside it: the model made ready, or nothing of one alone.
+    """Of each job what `measured` takes beside it: what was made ready, or nothing of one alone.
 
     A failure is in the Future: it is told when its turn comes.
     """
@@ -221,6 +221,7 @@ def _train(job: dict, args: argparse.Namespace, ready: Ready | None = None) -> d
     Where the micro-batch is given, only the second. Each is in a process of its own: an accelerator
     does not forget the most memory it ever had.
     """
+    from d3epth_jax.bench_worker import WorkerError
 
     def step(micro: int, batch: int, ready: Ready | None = None) -> dict:
         with contextlib.ExitStack() as stack:
@@ -236,15 +237,21 @@ def _train(job: dict, args: argparse.Namespace, ready: Ready | None = None) -> d
     batch = job["batch"]
     row = step(job["micro"], batch, ready)
     largest = row.pop("result")
-    if ready:  # compiled beside others
+    if ready:
         del largest["compile_s"]
-    if largest.get("after_failure"):
-        largest = step(largest["micro"], largest["micro"])["result"]
-    results = [largest]
+        if largest.get("halved"):
+            raise WorkerError("others held memory: it is measured alone")
+    row["results"] = [largest]
     micro = next(n for n in range(largest["micro"], 0, -1) if batch % n == 0)
-    if micro < batch and not job["micro"]:
-        results.append(step(micro, batch)["result"])
-    return row | {"results": results}
+    try:
+        if largest.get("after_failure"):
+            row["results"] = [step(largest["micro"], largest["micro"])["result"]]
+        if micro < batch and not job["micro"]:
+            row["results"].append(step(micro, batch)["result"])
+    except WorkerError as error:  # one has been measured
+        say(f"    failed: {error}")
+        row["error"] = f"after a step of {largest['micro']}: {error}"
+    return row
 
 
 def _pieces(job: dict, args: argparse.Namespace) -> dict:

@@ -13,13 +13,16 @@ NOTES = {
     "predict": "GMACs: multiply-accumulates of convolutions and products, taps on the padding"
     " included. Latency: median of whole calls of the pipeline, uint8 picture in, depth out."
     " MFU: 2 MACs / latency, of the best measured speed of a large matrix product in the same type."
-    " First call: with compilation; - where others were compiled at the same time (--ahead).",
+    " First call: with compilation; - where others were compiled at the same time (--ahead)."
+    " Peak: of an accelerator's allocator since the process began, reading and compiling included;"
+    " on a CPU of the process since the model was read.",
     "train": "Batches lie on the device: no loading of data. MFU: forward and gradients, without"
     " what is recomputed, of a large matrix product's best measured speed. Hours: for the pictures"
     " of METHOD's 20k (stage 2) and 30k (stage 1) steps of 32. Compile: - where others were"
     " compiled at the same time (--ahead).",
     "compare": "Ratio: diffusers' time / ours, alternating runs, the same weights and threads;"
-    " above 1 ours is faster. Difference: the largest between the two depth maps, in [0,1].",
+    " above 1 ours is faster. GiB: ours as above, theirs of predicting alone."
+    " Difference: the largest between the two depth maps, in [0,1].",
     "pieces": "MACs without taps on the padding, by formula and by XLA's cost analysis of the"
     " lowered convolutions and products, one picture.",
 }

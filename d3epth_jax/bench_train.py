@@ -43,12 +43,12 @@ class Training:
 
         Args:
           batch: pictures of a step of the optimiser.
-          micro: pictures at a time, a divisor of `batch`; 0: as many as fit, in a step of their
-            own (on a CPU one, since its memory has no limit that could be met without being ended
-            by the system).
+          micro: pictures at a time, a divisor of `batch`; 0: `batch`, its half, a quarter, ...,
+            the first that fits, in a step of their own (on a CPU one, since its memory has no limit
+            that could be met without being ended by the system).
           settings: `recipe`'s.
         """
-        self.recipe = recipe(**settings)
+        self.recipe, self.batch, self.asked = recipe(**settings), batch, micro
         memory.forget_peak()
         if micro:
             self._compile(micro, batch // micro)
@@ -76,20 +76,22 @@ class Training:
         """The compiled step, `runs` times after one that does not count.
 
         Where it takes more memory than was planned, that of the next smaller batch that fits, with
-        "after_failure": the most memory in use is the larger one's then.
+        "after_failure": the most memory in use is the larger one's then. "halved": whether memory
+        made it smaller than the whole batch.
         """
-        failed = False
-        while True:
+        found, failed = None, False
+        while found is None:
+            if failed:  # not in the handler, where the error holds the failed step's arrays
+                gc.collect()
+                largest_that_fits(self._compile, self.micro // 2)
             try:
                 found = self._run(runs)
             except (RuntimeError, MemoryError) as error:
-                if not is_out_of_memory(error) or self.accumulate > 1 or self.micro == 1:
+                if not is_out_of_memory(error) or self.asked or self.micro == 1:
                     raise
                 failed = True
-                gc.collect()
-                largest_that_fits(self._compile, self.micro // 2)
-                continue
-            return found | ({"after_failure": True} if failed else {})
+        halved = not self.asked and self.micro < self.batch and jax.default_backend() != "cpu"
+        return found | {"halved": halved, "after_failure": failed}
 
     def matmul(self, dtype: str) -> dict:
         """As bench.py's, after the step: its memory is not the step's."""
@@ -196,10 +198,10 @@ def largest_that_fits(attempt: Callable[[int], None], limit: int) -> None:
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
-            cause = error
+            why = str(error)  # not the error, which holds arrays
         size //= 2
         gc.collect()
-    raise MemoryError("not even a batch of 1 fits in memory") from cause
+    raise MemoryError(f"not even a batch of 1 fits in memory: {why}")
 
 
 def is_out_of_memory(error: Exception) -> bool:

@@ -86,8 +86,8 @@ def test_training_steps_are_measured_alone_and_accumulated(
     found = training.compile(4, micro, stage=stage, model=model, **settings)
     result = training.step(1)
     assert (result["micro"], result["accumulate"]) == ((2, 2) if micro else (1, 1))
-    held = bench_train.planned(training.program)  # at least parameters, moments and average
-    assert 16 * found["trained"] < held < result["memory"]["bytes"]
+    held = bench_train.planned(training.program)
+    assert held > 16 * found["trained"], "parameters, two moments and the average"
     assert np.isfinite(result["loss"]) and len(result["seconds"]) == 1
     params = bench.read(model, "float32")[1]
     count = sum(x.size for part in trained for x in jax.tree.leaves(params[part]))
@@ -276,6 +276,23 @@ def test_resume_measures_again_what_has_fewer_runs_or_was_not_compared(measured,
     assert seen("--runs", "4") == [(4, False)]
     assert seen("--runs", "4", "--compare", "diffusers") == [(4, True)]
     assert seen("--runs", "4") == [(4, True)]
+
+
+def test_an_error_does_not_take_the_place_of_what_was_measured(measured, tmp_path):
+    args = ["bench", "d3_fast", "--out", str(tmp_path)]
+
+    def rows():
+        saved = json.loads((tmp_path / "bench.json").read_text())["rows"]
+        return [("error" in row, row["runs"]) for row in saved]
+
+    assert cli.main([*args, "--runs", "3"]) == 0
+    measured["d3_fast"] = {"error": "killed"}
+    for runs in ("5", "7"):
+        assert cli.main([*args, "--runs", runs, "--resume"]) == 1
+        assert rows() == [(False, 3), (True, int(runs))]
+    measured["d3_fast"] = ROW
+    assert cli.main([*args, "--runs", "5", "--resume"]) == 0
+    assert rows() == [(False, 5)]
 
 
 def test_resume_does_not_mix_machines(measured, tmp_path, capsys):

@@ -2,10 +2,15 @@
 
 import argparse
 import json
+from concurrent.futures import Future
 
+import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from d3epth_jax import bench_measure, bench_report, bench_train, cli
+from d3epth_jax.bench_worker import WorkerError
 
 
 def arguments(**settings) -> argparse.Namespace:
@@ -15,28 +20,36 @@ def arguments(**settings) -> argparse.Namespace:
 class FakeWorker:
     """Answers as a device would on which `fits` pictures do; `asked`: (micro, batch) of each."""
 
-    def __init__(self, asked: list, fits: int, planned_wrong: bool = False):
+    def __init__(self, asked: list, fits: int, planned_wrong: bool = False, fails: bool = False):
         self.asked, self.fits, self.planned_wrong = asked, fits, planned_wrong
+        self.fails, self.used = fails, False
 
     def ask(self, do, micro=0, batch=0, **settings):
         if do == "compile":
             assert settings["remat"] and settings["stage"] == "stage2"
+            assert not self.used, "each step has a process of its own"
+            self.used = True
             self.asked.append((micro, batch))
+            if self.fails and micro:
+                raise WorkerError("killed")
             self.micro, self.accumulate = (micro, batch // micro) if micro else (self.fits, 1)
-            self.failed = self.planned_wrong and not micro
+            self.found = {"halved": not micro and self.fits < batch, "compile_s": 1.0}
+            self.found["after_failure"] = self.planned_wrong and not micro
             return {"trained": 3}
         if do == "matmul":
             return {"flops": 1e12}
-        found = {"micro": self.micro, "accumulate": self.accumulate, "compile_s": 1.0}
-        failed = {"after_failure": True} if self.failed else {}
-        return found | failed | {"memory": 9 - len(self.asked)}
+        found = {"micro": self.micro, "accumulate": self.accumulate, "memory": 9 - len(self.asked)}
+        return found | self.found
+
+
+JOB = {"what": "stage2", "model": "d2_base", "size": [8, 8], "remat": True, "dtype": "float32"}
 
 
 def trained(monkeypatch, batch: int, micro: int, *fits) -> tuple[dict, list]:
     asked = []
     monkeypatch.setattr(bench_measure, "_worker", lambda *_: FakeWorker(asked, *fits))
-    job = {"what": "stage2", "model": "d2_base", "size": [8, 8], "batch": batch, "remat": True}
-    return bench_measure._train(job | {"dtype": "float32", "micro": micro}, arguments()), asked
+    job = JOB | {"batch": batch, "micro": micro}
+    return bench_measure._train(job, arguments()), asked
 
 
 @pytest.mark.parametrize(
@@ -62,6 +75,35 @@ def test_memory_of_a_batch_that_did_not_fit_is_not_shown_as_that_of_one_that_did
     row, asked = trained(monkeypatch, 8, 0, 4, True)
     assert asked == [(0, 8), (4, 4), (4, 8)]
     assert [(found["accumulate"], found["memory"]) for found in row["results"]] == [(1, 7), (2, 6)]
+
+
+def test_what_was_measured_stays_if_the_accumulated_step_fails(monkeypatch):
+    row, asked = trained(monkeypatch, 32, 0, 16, False, True)
+    assert asked == [(0, 32), (16, 32)]
+    assert [found["micro"] for found in row["results"]] == [16]
+    assert row["error"] == "after a step of 16: killed" and row["trained"] == 3
+
+
+@pytest.mark.parametrize("fits", [8, 32])
+def test_steps_compiled_together_that_lacked_memory_are_measured_alone(monkeypatch, fits):
+    asked, ended = [], []
+    monkeypatch.setattr(bench_measure, "_worker", lambda *_: FakeWorker(asked, fits))
+    job = JOB | {"batch": 32, "micro": 0}
+    wave = [("one", job), ("two", job | {"remat": True})]
+    rows = []
+    with bench_measure.ready_together(wave) as models:
+        for (_, job), (future,) in zip(wave, models, strict=True):
+            assert future.result().row == {"trained": 3, "ahead": 2}
+            ready = future.result()._replace(close=lambda: ended.append(1))
+            future = Future()
+            future.set_result(ready)
+            rows.append(bench_measure.measured(job, arguments(), future))
+    assert asked == [(0, 32)] * 2 and len(ended) == 2, "nothing is compiled beside the other"
+    if fits == 32:
+        assert [row["results"][0]["micro"] for row in rows] == [32, 32]
+        assert "compile_s" not in rows[0]["results"][0]
+    else:
+        assert all("alone" in row["error"] and "results" not in row for row in rows)
 
 
 @pytest.mark.parametrize(
@@ -93,28 +135,43 @@ def test_other_errors_and_no_room_at_all_are_told():
 
 
 def test_what_is_planned_beyond_the_limit_is_not_run_and_what_runs_out_is_halved(monkeypatch):
-    """The device holds 20 pictures by its plan, and 10 in truth."""
-    compiled, ran = [], []
-    training = bench_train.Training()
+    """The device's limit is between 16 and 32 pictures by the plan, and below 16 in truth."""
+    ran, limit = [], {}
+    training, run = bench_train.Training(), bench_train.Training._run
 
-    def compile(micro, accumulate=1):
-        compiled.append(micro)
-        training.micro, training.accumulate = micro, accumulate
-        if micro > 20:
-            raise MemoryError("planned")
+    def toy(**_):
+        def make_step(accumulate):
+            return lambda state, frozen, batch: (state + batch.sum(), {"loss": (2 * batch).max()})
 
-    def run(runs):
+        start = np.zeros(1, np.float32)
+        return bench_train.Recipe(make_step, jnp.asarray, start, {}, lambda n: np.ones(1000 * n), 1)
+
+    def runs_out(runs):
         ran.append(training.micro)
-        if training.micro > 10:
+        if training.micro > 8:
             raise RuntimeError("RESOURCE_EXHAUSTED")
-        return {"micro": training.micro}
+        return run(training, runs)
 
-    monkeypatch.setattr(training, "_compile", compile)
-    monkeypatch.setattr(training, "_run", run)
-    bench_train.largest_that_fits(compile, 32)
-    assert training.step(1) == {"micro": 8, "after_failure": True}
-    assert (compiled, ran) == ([32, 16, 8], [16, 8])
-    training.micro, training.accumulate = 16, 2  # as it was asked for: no other is tried
+    class Device:
+        platform, device_kind = "gpu", "A"
+
+        def memory_stats(self):
+            return limit
+
+    monkeypatch.setattr(bench_train, "recipe", toy)
+    monkeypatch.setattr(bench_train, "most_memory", lambda: {})
+    training.compile(32, 32)
+    limit["bytes_limit"] = bench_train.planned(training.program) - 1
+    monkeypatch.setattr(jax, "devices", lambda: [Device()])
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(training, "_run", runs_out)
+    training.compile(32)
+    assert training.micro == 16 and not ran
+    found = training.step(1)
+    assert ran == [16, 8]
+    assert (found["micro"], found["halved"], found["after_failure"]) == (8, True, True)
+    limit["bytes_limit"] = 10**9
+    training.compile(32, 16)  # as it was asked for: no other is tried
     with pytest.raises(RuntimeError, match="RESOURCE_EXHAUSTED"):
         training.step(1)
 
@@ -152,13 +209,15 @@ def test_a_matrix_product_that_was_slowed_down_flatters_nothing():
     kinds = {"what": "stage2", "model": "d2_base", "size": [8, 8], "remat": True, "trained": 1}
     found = {"micro": 1, "accumulate": 1, "seconds": [1.0], "macs": 10**12}
     kinds["results"] = [found | {"memory": {"bytes": 2**30}}]
+    products = [("bfloat16", "A", 4e12), ("bfloat16", "A", 8e12), ("float32", "A", 2e12)]
+    products += [("bfloat16", "B", 20e12)]
     rows = [
-        kinds | {"dtype": dtype, "device": "A", "matmul": matmul}
-        for dtype, matmul in (("bfloat16", 4e12), ("bfloat16", 8e12), ("float32", 2e12))
+        kinds | {"dtype": dtype, "device": device, "matmul": matmul}
+        for dtype, device, matmul in products
     ]
     lines = [x.split("|") for x in bench_report.markdown(rows).splitlines() if "| d2_base" in x]
-    assert [float(line[-4]) for line in lines] == [25.0, 25.0, 100.0]
-    assert [line[8].strip() for line in lines] == ["-"] * 3, "compiled beside others"
+    assert [float(line[-4]) for line in lines] == [25.0, 25.0, 100.0, 10.0]
+    assert [line[8].strip() for line in lines] == ["-"] * 4, "compiled beside others"
 
 
 @pytest.mark.slow
