@@ -59,26 +59,28 @@ def test_mean_and_deviation_by_hand():
 
 
 @pytest.mark.parametrize(
-    ("ours", "theirs", "sign", "difference", "error", "verdict"),
+    ("ours", "theirs", "sign", "difference", "error", "verdict", "firm"),
     [
         # Differences -1, -2, -3: deviation 1, standard error 1 / sqrt(3).
-        ((1, 2, 3), (2, 4, 6), -1, -2, 3**-0.5, "better"),
-        ((1, 2, 3), (2, 4, 6), 1, -2, 3**-0.5, "worse"),
+        ((1, 2, 3), (2, 4, 6), -1, -2, 3**-0.5, "better", False),
+        ((1, 2, 3), (2, 4, 6), 1, -2, 3**-0.5, "worse", False),
         # Far apart as arms, and each seed alike: what pairing is for.
-        ((10, 20, 30), (9, 19, 29), 1, 1, 0, "better"),
+        ((10, 20, 30), (9, 19, 29), 1, 1, 0, "better", True),
+        # Differences -9, -10, -11: 17 errors. Student's bar for three is 4.3.
+        ((1, 2, 3), (10, 12, 14), -1, -10, 3**-0.5, "better", True),
         # Differences 0, 1, 2: mean 1, error 0.577: not beyond two.
-        ((0, 1, 2), (0, 0, 0), 1, 1, 3**-0.5, "no difference shown"),
-        ((1, 1, 1), (1, 1, 1), 1, 0, 0, "no difference shown"),
-        ((1,), (2, 4, 6), -1, -1, math.nan, "one seed"),
+        ((0, 1, 2), (0, 0, 0), 1, 1, 3**-0.5, "no difference shown", False),
+        ((1, 1, 1), (1, 1, 1), 1, 0, 0, "no difference shown", False),
+        ((1,), (2, 4, 6), -1, -1, math.nan, "one seed", False),
     ],
 )
 def test_difference_is_claimed_beyond_two_standard_errors(
-    ours, theirs, sign, difference, error, verdict
+    ours, theirs, sign, difference, error, verdict, firm
 ):
     found = ablation_report.compare(dict(enumerate(ours)), dict(enumerate(theirs)), sign)
     assert found.difference == pytest.approx(difference)
     assert found.error == pytest.approx(error, nan_ok=True)
-    assert (found.n, found.verdict) == (len(ours), verdict)
+    assert (found.n, found.verdict, found.firm) == (len(ours), verdict, firm)
 
 
 def test_only_common_seeds_are_compared():
@@ -110,6 +112,7 @@ def test_files_of_evaluations_become_pairs_and_tables(tmp_path):
     assert found["abs_rel"]["verdict"] == "better"
     assert found["real"]["difference"] == pytest.approx(-0.1875 * 0.75)
     table = ablation_report.markdown(content)
+    assert "| -0.1875 ± 0.0625 better |" in table  # three errors, of two seeds
     assert "| 0.3750 ± 0.1768 |" in table and "| 0.188 ± 0.088 |" in table  # AbsRel, of the hall
 
 
@@ -270,7 +273,8 @@ def test_ablation_runs_from_nothing_to_the_tables_and_goes_on(
     assert [c["data"]["source"]["seed"] for c in configs] == [10_001, 20_001, 12_501]
     assert configs[2]["init"] == str(workdir / "seed0/stage1_half/model")
     table = (workdir / "ablation.md").read_text()
-    assert "| D^3, both stages " in table and "AbsRel, real" in table and " one seed |" in table
+    assert "| D^3, both stages " in table and "AbsRel, real" in table
+    assert "better" not in table.split("| against ")[1], "of one seed nothing is claimed"
     assert table in told
     assert Image.open(workdir / "ablation.png").width > 1000
 

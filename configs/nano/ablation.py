@@ -16,7 +16,7 @@ anew after every arm; interrupted, it goes on where it was.
 2. The student (D^3), of the teacher that comes with the package: either stage alone against both,
    with as many steps, and with as many MACs. Stage 2 alone starts as stage 1 does, a random UNet
    with blocks of the teacher's encoder and decoder. Stage 1 never trains the decoder, and the
-   student's lacks blocks: it is also read by the teacher's whole one, always so at equal MACs.
+   student's lacks blocks: it is also read by the teacher's whole one.
    A seed draws first weights and scenes.
 3. Single choices, of the first seed alone: nothing is claimed of them. The target's space is
    compared from scratch, with the SSI loss and the range and sign that scratch needs beside it;
@@ -47,6 +47,7 @@ COMPARISONS = (  # (arm, the one that it is held against)
     ("both", "stage1_decoder"),
     ("both", "stage2"),
     ("both", "stage1_macs"),
+    ("both", "stage1_decoder_macs"),
     ("both", "stage2_macs"),
     ("scratch", "stage2"),
     ("scratch", "both"),
@@ -173,7 +174,8 @@ def student_arms(config: ConfigDict, tiny: bool) -> dict[str, ConfigDict]:
         "stage1": arm("D^3, stage 1 only", stage1()),
         "stage1_decoder": arm("D^3, stage 1 only, teacher's whole decoder", whole_decoder()),
         "stage2": arm("D^3, stage 2 only", stage2_alone(config, tiny)),
-        "stage1_macs": arm(
+        "stage1_macs": arm("D^3, stage 1 only, equal MACs", stage1(), macs_of="both"),
+        "stage1_decoder_macs": arm(
             "D^3, stage 1 only, teacher's whole decoder, equal MACs",
             whole_decoder(),
             macs_of="both",
