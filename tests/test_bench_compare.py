@@ -53,7 +53,7 @@ def test_a_variant_that_fails_leaves_those_measured_before(tmp_path, monkeypatch
             }
 
     monkeypatch.setattr(bench_measure, "_worker", lambda *_: FakeWorker())
-    job = {"size": [8, 8], "batch": 1, "dtype": "float32", "model": "d3_fast"}
+    job = {"what": "predict", "model": "d3_fast", "size": [8, 8], "batch": 1, "dtype": "float32"}
     row = bench_measure._predict(job | {"fold": True, "compared": True}, arguments())
     assert set(row["compare"]) == {"eager"} and row["error"] == "diffusers: no compiler"
 

@@ -20,7 +20,8 @@ LAYERS = [
     "weights data optim sharding compilation_cache train_state checkpoint metric_writer",
     "inference stages steps",
     "from_config training_data runs train cache evaluate evaluation pipeline gallery progress"
-    " baselines macs bench bench_worker bench_report compare_diffusers ablation ablation_report",
+    " baselines macs bench bench_train bench_worker bench_report compare_diffusers ablation"
+    " ablation_report",
     "main cli bench_cli bench_measure bench_plan data_cli __main__",
 ]
 

@@ -188,6 +188,7 @@ def test_one_batch_can_be_overfitted_in_latent_space():
     assert float(metrics["loss/out"]) < first / 20
 
 
+@pytest.mark.slow  # the quickstart's test trains in pixels too
 def test_one_batch_can_be_overfitted_in_pixel_space():
     step, state, frozen = setup_pixel(
         {"ssi": 1.0, "edge": 0.5, "range": 0.1},

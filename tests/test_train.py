@@ -297,7 +297,8 @@ def test_a_typo_in_the_teachers_path_starts_no_training(pairs, tmp_path):
     assert not (tmp_path / "teechar").exists()
 
 
-@pytest.mark.parametrize("stage", [stage1, stage2])
+# Stage 2 trains what stage 1 would, first.
+@pytest.mark.parametrize("stage", [pytest.param(stage1, marks=pytest.mark.slow), stage2])
 def test_tiny_stages_train_what_is_absent_first_and_tell_before_and_after(
     stage, pairs, tmp_path, caplog
 ):
