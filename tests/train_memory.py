@@ -16,6 +16,7 @@ import numpy as np
 
 from configs import stage2
 from d3epth_jax import from_config, sharding, train
+from d3epth_jax.bench_train import planned
 from d3epth_jax.models import presets
 from d3epth_jax.models.depth_model import DepthModel, abstract_params
 from d3epth_jax.train_state import init_train_state, split_trainable
@@ -64,7 +65,7 @@ def count(width: float = 1, config=None) -> dict[str, int]:
         name: getattr(memory, f"{name}_size_in_bytes")
         for name in ("argument", "temp", "output", "alias")
     }
-    kinds["peak"] = kinds["argument"] + kinds["temp"] + kinds["output"] - kinds["alias"]
+    kinds["peak"] = planned(compiled)
     parts = {"state": state, "frozen": frozen, "batch": batch}
     return kinds | {
         name: sum(int(np.prod(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree))
