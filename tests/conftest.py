@@ -32,9 +32,15 @@ def shared():
 
 @pytest.fixture(scope="session", autouse=True)
 def own_cache(tmp_path_factory):
-    """What is cached between runs on a user's machine is not here."""
+    """What is cached between runs on a user's machine is not here; what these tests compile is.
+
+    Each training makes its step anew, mostly one that another test has compiled before.
+    """
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        jax.config.update("jax_compilation_cache_dir", str(tmp_path_factory.mktemp("xla")))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
+        jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)
         yield
 
 

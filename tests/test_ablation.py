@@ -3,10 +3,8 @@
 import json
 import math
 
-import jax
 import numpy as np
 import pytest
-from jax.experimental.compilation_cache import compilation_cache
 from PIL import Image
 
 from configs import common
@@ -33,24 +31,6 @@ def small(monkeypatch):
     monkeypatch.setattr(nano, "HEIGHT", 24)
     monkeypatch.setattr(nano, "WIDTH", 32)
     return teacher
-
-
-@pytest.fixture
-def compiled_once(tmp_path):
-    """What one arm compiles the next one finds, as on the command line."""
-    settings = {
-        "jax_compilation_cache_dir": str(tmp_path / "xla"),
-        "jax_persistent_cache_min_compile_time_secs": 0.0,
-        "jax_persistent_cache_min_entry_size_bytes": 0,
-    }
-    before = {name: getattr(jax.config, name) for name in settings}
-    for name, value in settings.items():
-        jax.config.update(name, value)
-    compilation_cache.reset_cache()
-    yield
-    for name, value in before.items():
-        jax.config.update(name, value)
-    compilation_cache.reset_cache()
 
 
 def test_mean_and_deviation_by_hand():
@@ -227,7 +207,7 @@ def test_scenes_are_written_once_and_as_rendered(tmp_path):
 
 @pytest.mark.parametrize("cached", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_ablation_runs_from_nothing_to_the_tables_and_goes_on(
-    cached, small, compiled_once, tmp_path, monkeypatch, capsys
+    cached, small, tmp_path, monkeypatch, capsys
 ):
     config = ablation_config.get_config("tiny")
     config.real = str(write_pairs(tmp_path / "pairs", 2))
