@@ -1,5 +1,6 @@
 """The train step: the one place that forms sum_k beta_k w_k L_k (METHOD 3, 5)."""
 
+import functools
 from collections.abc import Callable, Mapping
 
 import jax
@@ -18,6 +19,7 @@ def make_train_step(
     beta: Mapping[str, float],
     tasks: tuple[str, ...] = (),
     accumulate: int = 1,
+    weights_from_data: bool = False,
     max_ema_decay: float = 0.9999,
 ):
     """A function step(state, frozen, batch) -> (state, metrics), to be jitted by the caller.
@@ -34,13 +36,19 @@ def make_train_step(
       beta: the fixed coefficient of every loss that loss_fn returns.
       tasks: names of the dynamically weighted losses.
       accumulate: number of micro-batches; it must divide the batch size.
+      weights_from_data: no n_b depends on params (stage 1). Micro-batches' denominators are then
+        known before any gradient, and one backward pass serves all losses; else it takes one for
+        every array of n_b.
       max_ema_decay: upper limit of the moving average's decay.
 
     frozen holds {"rest": parameters that do not train, "teacher": its parameters if there is one}.
     """
 
-    def totals(params, frozen, batch, coefficients):
-        """What is differentiated, as a tuple, with the denominators that are still to divide it."""
+    def totals(params, frozen, batch, coefficients, known):
+        """What is differentiated, as a tuple, with the denominators that are still to divide it.
+
+        known: the whole batch's denominators by name, or None.
+        """
         losses, weights, metrics = loss_fn(merge(params, frozen["rest"]), frozen, batch)
         if set(losses) != set(beta):
             raise ValueError(f"loss_fn returns {sorted(losses)}, beta has {sorted(beta)}")
@@ -51,16 +59,18 @@ def make_train_step(
             sums[name] = jnp.sum(n * jnp.where(n > 0, value, 0.0))
             counts[name] = jnp.sum(n)
         if accumulate == 1:
-            total = sum(coefficients[name] * _mean(sums[name], counts[name]) for name in losses)
-            return (total,), ((jnp.float32(1),), sums, counts)
+            known = counts
+        if known is not None:
+            total = sum(coefficients[name] * _mean(sums[name], known[name]) for name in losses)
+            return (total,), ((jnp.float32(1 / accumulate),), sums, counts)
         groups = _groups(losses, weights)
         numerators = tuple(sum(coefficients[n] * sums[n] for n in group) for group in groups)
         return numerators, (tuple(counts[group[0]] for group in groups), sums, counts)
 
-    def gradients(params, frozen, batch, coefficients):
+    def gradients(params, frozen, batch, coefficients, known=None):
         """One gradient tree, and one backward pass, per entry of `totals`."""
         values, pullback, aux = jax.vjp(
-            lambda p: totals(p, frozen, batch, coefficients), params, has_aux=True
+            lambda p: totals(p, frozen, batch, coefficients, known), params, has_aux=True
         )
         basis = [tuple(jnp.float32(i == j) for j in range(len(values))) for i in range(len(values))]
         return tuple(pullback(cotangent)[0] for cotangent in basis), aux
@@ -74,15 +84,19 @@ def make_train_step(
             return jnp.swapaxes(x.reshape(-1, accumulate, *x.shape[1:]), 0, 1)
 
         micro = jax.tree.map(split, batch)
-        one = jax.eval_shape(
-            gradients, params, frozen, jax.tree.map(lambda x: x[0], micro), coefficients
-        )
-        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), one)
 
-        def body(total, part):
-            return jax.tree.map(jnp.add, total, gradients(params, frozen, part, coefficients)), None
+        def summed(function):
+            """The sum of `function(part)` over the micro-batches."""
+            one = jax.eval_shape(function, jax.tree.map(lambda x: x[0], micro))
+            zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), one)
+            add = functools.partial(jax.tree.map, jnp.add)
+            return jax.lax.scan(lambda total, x: (add(total, function(x)), None), zeros, micro)[0]
 
-        return jax.lax.scan(body, zeros, micro)[0]
+        known = None
+        if weights_from_data:
+            # Of all this the compiler keeps what the counts need: masks, and no network.
+            known = summed(lambda part: totals(params, frozen, part, coefficients, None)[1][-1])
+        return summed(lambda part: gradients(params, frozen, part, coefficients, known))
 
     def train_step(state: TrainState, frozen, batch) -> tuple[TrainState, dict]:
         task_weights = dict(zip(tasks, weighting.weights(state.weighting), strict=True))

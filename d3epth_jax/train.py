@@ -195,6 +195,7 @@ def jit_step(config, loss_fn, tx, task_weights, beta, tasks, placement, mesh):
         beta=beta,
         tasks=tasks,
         accumulate=config.train.accumulate,
+        weights_from_data=config.stage == "latent",
         max_ema_decay=config.train.max_ema_decay,
     )
     placements = placement, sharding.replicated(mesh)

@@ -104,14 +104,22 @@ def test_accumulation_keeps_losses_with_other_denominators_apart():
     frozen = {"rest": rest, "teacher": init_params(TEACHER, 1)}
     loss_fn = latent.make_loss(STUDENT, TEACHER, terms=("gt", "out"))
     weights, tx = weighting.static(0), optax.sgd(0.1)
-    for accumulate in (1, 2):
-        step = steps.make_train_step(loss_fn, tx, weights, beta=beta, accumulate=accumulate)
+    for accumulate, known in ((1, False), (2, False), (2, True)):
+        step = steps.make_train_step(
+            loss_fn, tx, weights, beta=beta, accumulate=accumulate, weights_from_data=known
+        )
         state = init_train_state(params, tx, weights)
-        results.append(jax.jit(step)(state, frozen, batch))
-    one, two = (flatten_dict(state.params) for state, _ in results)
-    for path in one:
-        np.testing.assert_allclose(one[path], two[path], atol=2e-6, err_msg=path)
-    np.testing.assert_allclose(results[0][1]["loss"], results[1][1]["loss"], rtol=1e-5)
+        compiled = jax.jit(step).lower(state, frozen, batch).compile()
+        results.append((*compiled(state, frozen, batch), compiled.cost_analysis()["flops"]))
+    one = flatten_dict(results[0][0].params)
+    for state, metrics, _ in results[1:]:
+        for path, value in flatten_dict(state.params).items():
+            np.testing.assert_allclose(one[path], value, atol=2e-6, err_msg=path)
+        np.testing.assert_allclose(results[0][1]["loss"], metrics["loss"], rtol=1e-5)
+    # A loop's operations are counted once: half of the batch. What is known from the data takes one
+    # backward pass, and no network to count it.
+    whole, apart, together = (flops for *_, flops in results)
+    assert together < 0.52 * whole and apart > 1.05 * together, (whole, apart, together)
 
 
 def test_batch_without_any_valid_pixel_changes_nothing_but_moments():
