@@ -48,8 +48,7 @@ def get_config(argument: str | None = None) -> ConfigDict:
     config.data = common.training_data(common.folder("DIR", split="train"), 480, 640)
     config.eval.source = common.folder("DIR", split="validation")
     config.model.dtype = "bfloat16"
-    config.model.remat = True
-    config.train.accumulate = 4
+    config.train.accumulate = 4  # of 8 pictures, activations kept: about 35 GiB for D^2epth
     if student:
         config.workdir = f"runs/stage2_{student}"
         config.init = f"runs/stage1_{student}/model"
@@ -61,6 +60,7 @@ def get_config(argument: str | None = None) -> ConfigDict:
 
 def on_24gb(config: ConfigDict) -> ConfigDict:
     config.workdir = "runs/d2_24gb"
+    config.model.remat = True
     config.optim.moments = "bfloat16"
     config.train.host_ema_every = 10
     config.train.accumulate = config.data.batch_size

@@ -298,7 +298,7 @@ class DepthPipeline:
         aspect, longest = self.model.processing_aspect, self.model.processing_resolution
         if None in (aspect, longest) or size == image_lib.processing_size(*size, longest, aspect):
             return
-        notice = f"the model was trained on pictures of {aspect:.3g}:1 alone, {longest} pixels long"
+        notice = f"the model was trained on pictures squeezed to {aspect:.3g}:1, {longest} long"
         _tell(self.model, logging.WARNING, f"{notice}: it is given others")
 
     def networks(self, num_inference_steps: int, latents=None) -> tuple[DepthModel, Params]:

@@ -70,7 +70,7 @@ def test_native_size_is_warned_of(caplog):
     pipeline._tell.cache_clear()  # it tells everything once
     picture = np.zeros((64, 64, 3), np.uint8)
     DepthPipeline.from_pretrained("nano")(picture, processing_resolution=0)
-    assert "trained on pictures of 1.33:1 alone, 128 pixels long" in caplog.text
+    assert "trained on pictures squeezed to 1.33:1, 128 long" in caplog.text
 
 
 def scores(source, protocol, *models, num_images=0):

@@ -115,7 +115,7 @@ def test_a_model_of_one_shape_says_when_it_sees_another(caplog):
         for _ in range(2):
             pipe(scenes(1, height=24, width=80)["image"], processing_resolution=0)
     assert [record.message for record in caplog.records] == [
-        "the model was trained on pictures of 1.5:1 alone, 48 pixels long: it is given others"
+        "the model was trained on pictures squeezed to 1.5:1, 48 long: it is given others"
     ]
 
 
