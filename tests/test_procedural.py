@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 
 from d3epth_jax.data import procedural
-from d3epth_jax.data.procedural import layouts, objects
+from d3epth_jax.data.procedural import layouts, materials, objects, shade
 from d3epth_jax.data.procedural.render import render_scene
 from d3epth_jax.data.procedural.scenes import make_scene, rotation_y
-from d3epth_jax.data.procedural.trace import intersect
+from d3epth_jax.data.procedural.trace import intersect, see
 
 HEIGHT, WIDTH = 24, 32
 
@@ -80,6 +80,7 @@ def one_box(distance, yaw=0.0, shape="box", half=(50.0, 50.0, 1.0), height=60.0)
         shell_rotation=jnp.eye(3),
         shell_half=jnp.array([200.0, 100.0, 200.0]),
         materials=scene.materials.at[:, -1].set(0.0),  # smooth silhouettes
+        light=scene.light._replace(frame=jnp.zeros(5)),
     )
 
 
@@ -132,6 +133,67 @@ def test_sphere_and_ground_by_hand():
     np.testing.assert_allclose(np.asarray(out["depth"])[seen, 0], expected[seen], rtol=2e-4)
     assert (np.asarray(out["depth"])[~seen] == 0).all()
     assert seen.any() and not seen.all()  # the sky above is masked
+
+
+def test_a_frame_hides_picture_and_depth():
+    scene = one_box(5.0)
+    frame = jnp.array([0.25, 0.125, 0.0, 0.5, 1.0])
+    out = pictured(scene._replace(light=scene.light._replace(frame=frame)))
+    within = np.zeros((HEIGHT, WIDTH), bool)
+    within[:12, 8:28] = True
+    np.testing.assert_array_equal(out["mask"][..., 0], within)
+    assert (np.asarray(out["image"])[~within] == 255).all()
+    assert (np.asarray(out["depth"])[~within] == 0).all()
+
+
+@pytest.mark.parametrize(
+    ("softness", "expected"),
+    [(0.0, [0, 0, 0, 0, 1, 1, 1, 1]), (0.5, [0, 0, 0, 1 / 3, 2 / 3, 1, 1, 1])],
+)
+def test_shadows_edges_by_hand(softness, expected):
+    lit = np.tile(np.repeat(np.float32([0, 1]), 4), (3, 1))
+    np.testing.assert_allclose(shade.soften(lit, softness), [expected] * 3, atol=1e-6)
+
+
+def test_the_softest_shadow_keeps_its_amount_of_light():
+    lit = np.tile(np.repeat(np.float32([0, 1]), 16), (9, 1))
+    soft = np.asarray(shade.soften(lit, 1.0))
+    assert soft.mean() == pytest.approx(0.5, abs=1e-6)
+    assert (np.diff(soft, axis=1) >= -1e-6).all() and np.diff(soft, axis=1).max() < 0.2
+
+
+def test_corners_are_darker_than_open_floor_and_by_how_much_is_drawn():
+    def share(strength):  # of ambient light on a floor before a wall 3 ahead
+        scene = one_box(4.0, half=(50.0, 50.0, 1.0), height=1.0)
+        y, x = np.mgrid[:96, :128]
+        rays = [(x - 63.5) / 64, (47.5 - y) / 64, np.ones((96, 128))]
+        surface = see(scene, [jnp.float32(r) for r in rays], 0.0)
+        normal = np.stack(surface.normal)
+        floor = np.isclose(normal[1], 1.0, atol=1e-3)
+        left = np.asarray(shade.open_to_the_air(surface, strength))
+        return left, floor, np.asarray(surface.depth)
+
+    left, floor, depth = share(1.0)
+    corner, near = left[floor & (depth > 2.8)], left[floor & (depth < 1.6)]
+    assert floor.any() and (~floor).any()
+    assert near.min() > 0.99 and corner.max() < 0.9
+    assert ((left > 0) & (left <= 1)).all()
+    np.testing.assert_allclose(share(0.5)[0], np.sqrt(left), rtol=1e-5)
+
+
+def test_a_tint_draws_all_colours_together():
+    u = jax.random.uniform(jax.random.key(0), (3, 7, 16))
+    roles = jnp.zeros((2, objects.PARTS), int)
+    common = jnp.array([0.5, 0.25, 0.125])
+
+    def colours(share):
+        table = materials.make_materials(u, roles, jnp.bool_(False), (share, common))
+        return np.asarray(table[:, :6]).reshape(-1, 3)
+
+    plain, half, whole = (np.log(colours(share) + 1e-3) for share in (0.0, 0.5, 1.0))
+    assert np.ptp(plain, axis=0).min() > 1
+    np.testing.assert_allclose(whole, np.log(np.tile(common, (len(whole), 1)) + 1e-3), atol=1e-4)
+    assert (np.std(half, 0) < 0.6 * np.std(plain, 0)).all()
 
 
 def test_shapes_types_and_ranges(many):
