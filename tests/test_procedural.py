@@ -146,6 +146,50 @@ def test_a_frame_hides_picture_and_depth():
     assert (np.asarray(out["depth"])[~within] == 0).all()
 
 
+def rays(height, width):
+    y, x = np.mgrid[:height, :width]
+    across, up = x - (width - 1) / 2, (height - 1) / 2 - y
+    return [jnp.float32(r) for r in (across / width * 2, up / width * 2, np.ones((height, width)))]
+
+
+def test_positions_in_the_room_are_those_in_the_world_for_objects_too():
+    scene = jax.jit(make_scene)(jax.random.fold_in(jax.random.key(2), 4))
+    assert not scene.outdoor
+    direction = rays(24, 32)
+    world = [sum(scene.axes[j, i] * direction[j] for j in range(3)) for i in range(3)]
+    surface = jax.jit(see)(scene, world, 0.0)
+    metres = np.stack(surface.in_shell, -1) * scene.shell_half
+    rebuilt = metres @ np.asarray(scene.shell_rotation) + scene.shell_centre
+    np.testing.assert_allclose(rebuilt, np.stack(surface.position, -1), atol=1e-4)
+    assert 0.1 < np.mean(surface.is_object) < 0.9
+
+
+def test_a_box_casts_its_shadow_and_faces_are_lit_by_the_cosine():
+    scene = one_box(6.0, half=(1.0, 1.0, 1.0), height=2.0)  # from 1 to 3 above the ground
+    light = jax.tree.map(jnp.zeros_like, scene.light)
+    far = 1000 * jnp.array([-0.6, 0.8, 0.0])  # a sun at the left, 53 degrees high
+    light = light._replace(position=far, colour=jnp.ones(3))
+    material = jnp.zeros_like(scene.materials)
+    scene = scene._replace(light=light, materials=material.at[:, :6].set(1.0))
+    direction = rays(96, 128)
+    surface = see(scene, direction, 0.0)
+    ray = jnp.sqrt(sum(d * d for d in direction))
+    radiance = np.asarray(shade.shade(scene, surface, jnp.zeros_like(ray), direction, ray))[1]
+    x, _, z = (np.asarray(p) for p in surface.position)
+    ground = np.asarray(surface.normal[1] > 0.99) & ~np.asarray(surface.is_object)
+    # A ray to the sun from (x, 0, z) passes heights 1 to 3 between x - 0.75 and x - 2.25.
+    shadow = (x - 2.25 < 1) & (x - 0.75 > -1) & (z > 5) & (z < 7)
+    edge = np.minimum(abs(x - 3.25), abs(x + 0.25)) < 0.1
+    edge |= np.minimum(abs(z - 5), abs(z - 7)) < 0.1
+    assert (ground & shadow & ~edge).sum() > 50
+    np.testing.assert_allclose(radiance[ground & shadow & ~edge], 0.0, atol=1e-6)
+    lit = ground & ~shadow & ~edge & (z < 30)
+    cosine = 800 / np.sqrt((x + 600) ** 2 + 800**2 + z**2)  # 0.8, and a little by the place
+    np.testing.assert_allclose(radiance[lit], cosine[lit], rtol=1e-3)
+    front = np.asarray(surface.is_object) & (np.asarray(surface.normal[2]) < -0.99)
+    np.testing.assert_allclose(radiance[front], 0.0, atol=1e-6)  # the sun is beside it
+
+
 @pytest.mark.parametrize(
     ("softness", "expected"),
     [(0.0, [0, 0, 0, 0, 1, 1, 1, 1]), (0.5, [0, 0, 0, 1 / 3, 2 / 3, 1, 1, 1])],
@@ -165,9 +209,7 @@ def test_the_softest_shadow_keeps_its_amount_of_light():
 def test_corners_are_darker_than_open_floor_and_by_how_much_is_drawn():
     def share(strength):  # of ambient light on a floor before a wall 3 ahead
         scene = one_box(4.0, half=(50.0, 50.0, 1.0), height=1.0)
-        y, x = np.mgrid[:96, :128]
-        rays = [(x - 63.5) / 64, (47.5 - y) / 64, np.ones((96, 128))]
-        surface = see(scene, [jnp.float32(r) for r in rays], 0.0)
+        surface = see(scene, rays(96, 128), 0.0)
         normal = np.stack(surface.normal)
         floor = np.isclose(normal[1], 1.0, atol=1e-3)
         left = np.asarray(shade.open_to_the_air(surface, strength))
