@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 
 from d3epth_jax.data import procedural
-from d3epth_jax.data.procedural import layouts, objects
+from d3epth_jax.data.procedural import layouts, materials, objects, shade
 from d3epth_jax.data.procedural.render import render_scene
 from d3epth_jax.data.procedural.scenes import make_scene, rotation_y
-from d3epth_jax.data.procedural.trace import intersect
+from d3epth_jax.data.procedural.trace import intersect, see
 
 HEIGHT, WIDTH = 24, 32
 
@@ -80,6 +80,7 @@ def one_box(distance, yaw=0.0, shape="box", half=(50.0, 50.0, 1.0), height=60.0)
         shell_rotation=jnp.eye(3),
         shell_half=jnp.array([200.0, 100.0, 200.0]),
         materials=scene.materials.at[:, -1].set(0.0),  # smooth silhouettes
+        light=scene.light._replace(frame=jnp.zeros(5)),
     )
 
 
@@ -132,6 +133,109 @@ def test_sphere_and_ground_by_hand():
     np.testing.assert_allclose(np.asarray(out["depth"])[seen, 0], expected[seen], rtol=2e-4)
     assert (np.asarray(out["depth"])[~seen] == 0).all()
     assert seen.any() and not seen.all()  # the sky above is masked
+
+
+def test_a_frame_hides_picture_and_depth():
+    scene = one_box(5.0)
+    frame = jnp.array([0.25, 0.125, 0.0, 0.5, 1.0])
+    out = pictured(scene._replace(light=scene.light._replace(frame=frame)))
+    within = np.zeros((HEIGHT, WIDTH), bool)
+    within[:12, 8:28] = True
+    np.testing.assert_array_equal(out["mask"][..., 0], within)
+    assert (np.asarray(out["image"])[~within] == 255).all()
+    assert (np.asarray(out["depth"])[~within] == 0).all()
+
+
+def rays(height, width):
+    y, x = np.mgrid[:height, :width]
+    across, up = x - (width - 1) / 2, (height - 1) / 2 - y
+    return [jnp.float32(r) for r in (across / width * 2, up / width * 2, np.ones((height, width)))]
+
+
+def test_positions_in_the_room_are_those_in_the_world_for_objects_too():
+    scene = jax.jit(make_scene)(jax.random.fold_in(jax.random.key(2), 4))
+    assert not scene.outdoor
+    direction = rays(24, 32)
+    world = [sum(scene.axes[j, i] * direction[j] for j in range(3)) for i in range(3)]
+    surface = jax.jit(see)(scene, world, 0.0)
+    metres = np.stack(surface.in_shell, -1) * scene.shell_half
+    rebuilt = metres @ np.asarray(scene.shell_rotation) + scene.shell_centre
+    np.testing.assert_allclose(rebuilt, np.stack(surface.position, -1), atol=1e-4)
+    assert 0.1 < np.mean(surface.is_object) < 0.9
+
+
+def test_a_box_casts_its_shadow_and_faces_are_lit_by_the_cosine():
+    scene = one_box(6.0, half=(1.0, 1.0, 1.0), height=2.0)  # from 1 to 3 above the ground
+    light = jax.tree.map(jnp.zeros_like, scene.light)
+    far = 1000 * jnp.array([-0.6, 0.8, 0.0])  # a sun at the left, 53 degrees high
+    light = light._replace(position=far, colour=jnp.ones(3))
+    material = jnp.zeros_like(scene.materials)
+    scene = scene._replace(light=light, materials=material.at[:, :6].set(1.0))
+    direction = rays(96, 128)
+    surface = see(scene, direction, 0.0)
+    ray = jnp.sqrt(sum(d * d for d in direction))
+    radiance = np.asarray(shade.shade(scene, surface, jnp.zeros_like(ray), direction, ray))[1]
+    x, y, z = (np.asarray(p) for p in surface.position)
+    ground = np.asarray(surface.normal[1] > 0.99) & ~np.asarray(surface.is_object)
+    # A ray to the sun from (x, 0, z) passes heights 1 to 3 between x - 0.75 and x - 2.25.
+    shadow = (x - 2.25 < 1) & (x - 0.75 > -1) & (z > 5) & (z < 7)
+    edge = np.minimum(abs(x - 3.25), abs(x + 0.25)) < 0.1
+    edge |= np.minimum(abs(z - 5), abs(z - 7)) < 0.1
+    assert (ground & shadow & ~edge).sum() > 50
+    np.testing.assert_allclose(radiance[ground & shadow & ~edge], 0.0, atol=1e-6)
+    lit = ground & ~shadow & ~edge & (z < 30)
+    distance = np.sqrt((x + 600) ** 2 + (y - 800) ** 2 + z**2)
+    np.testing.assert_allclose(radiance[lit], (800 / distance)[lit], rtol=1e-3)  # about 0.8
+    front = np.asarray(surface.is_object) & (np.asarray(surface.normal[2]) < -0.99)
+    np.testing.assert_allclose(radiance[front], (z / distance)[front], rtol=1e-2)  # beside it
+
+
+@pytest.mark.parametrize(
+    ("softness", "expected"),
+    [(0.0, [0, 0, 0, 0, 1, 1, 1, 1]), (0.5, [0, 0, 0, 1 / 3, 2 / 3, 1, 1, 1])],
+)
+def test_shadows_edges_by_hand(softness, expected):
+    lit = np.tile(np.repeat(np.float32([0, 1]), 4), (3, 1))
+    np.testing.assert_allclose(shade.soften(lit, softness), [expected] * 3, atol=1e-6)
+
+
+def test_the_softest_shadow_keeps_its_amount_of_light():
+    lit = np.tile(np.repeat(np.float32([0, 1]), 16), (9, 1))
+    soft = np.asarray(shade.soften(lit, 1.0))
+    assert soft.mean() == pytest.approx(0.5, abs=1e-6)
+    assert (np.diff(soft, axis=1) >= -1e-6).all() and np.diff(soft, axis=1).max() < 0.2
+
+
+def test_corners_are_darker_than_open_floor_and_by_how_much_is_drawn():
+    def share(strength):  # of ambient light on a floor before a wall 3 ahead
+        scene = one_box(4.0, half=(50.0, 50.0, 1.0), height=1.0)
+        surface = see(scene, rays(96, 128), 0.0)
+        normal = np.stack(surface.normal)
+        floor = np.isclose(normal[1], 1.0, atol=1e-3)
+        left = np.asarray(shade.open_to_the_air(surface, strength))
+        return left, floor, np.asarray(surface.depth)
+
+    left, floor, depth = share(1.0)
+    corner, near = left[floor & (depth > 2.8)], left[floor & (depth < 1.6)]
+    assert floor.any() and (~floor).any()
+    assert near.min() > 0.99 and corner.max() < 0.9
+    assert ((left > 0) & (left <= 1)).all()
+    np.testing.assert_allclose(share(0.5)[0], np.sqrt(left), rtol=1e-5)
+
+
+def test_a_tint_draws_all_colours_together():
+    u = jax.random.uniform(jax.random.key(0), (3, 7, 16))
+    roles = jnp.zeros((2, objects.PARTS), int)
+    common = jnp.array([0.5, 0.25, 0.125])
+
+    def colours(share):
+        table = materials.make_materials(u, roles, jnp.bool_(False), (share, common))
+        return np.asarray(table[:, :6]).reshape(-1, 3)
+
+    plain, half, whole = (np.log(colours(share) + 1e-3) for share in (0.0, 0.5, 1.0))
+    assert np.ptp(plain, axis=0).min() > 1
+    np.testing.assert_allclose(whole, np.log(np.tile(common, (len(whole), 1)) + 1e-3), atol=1e-4)
+    assert (np.std(half, 0) < 0.6 * np.std(plain, 0)).all()
 
 
 def test_shapes_types_and_ranges(many):

@@ -112,3 +112,14 @@ def develop(light: Light, radiance):
     )
     image += 2.5 * noise * (grains[:3] + grains[3] - 1)
     return jnp.round(255 * jnp.clip(jnp.moveaxis(image, 0, -1), 0, 1)).astype(jnp.uint8)
+
+
+def framed(light: Light, image):
+    """The picture in its frame, if it has one, and a mask [H, W] of the pixels within it."""
+    height, width = image.shape[:2]
+    across = jax.lax.broadcasted_iota(jnp.float32, (height, width), 1) + 0.5
+    down = jax.lax.broadcasted_iota(jnp.float32, (height, width), 0) + 0.5
+    left, right, top, bottom, grey = light.frame
+    within = (across > left * width) & (across < (1 - right) * width)
+    within &= (down > top * height) & (down < (1 - bottom) * height)
+    return jnp.where(within[..., None], image, jnp.round(255 * grey).astype(jnp.uint8)), within

@@ -52,6 +52,9 @@ SEATS = "chair slat_chair slat_chair armchair office_chair rocking_chair"
 TALL = "wardrobe shelf shelf cabinet drawers counter sofa bed radiator television door"
 LOW = "table round_table long_table sofa cartons carton junk pot_plant bed desk person rack"
 ON_WALL = "window window window glass_door pictures pictures curtain door nothing"
+# What a picture is taken of: near, and in the middle of it.
+SUBJECT = SEATS + " person floor_lamp pot_plant ladder carton cartons table drawers junk"
+SUBJECT += 7 * " nothing"
 _FLAT = (-8.0, 8.0)
 
 _room = (
@@ -64,7 +67,7 @@ _room = (
     Slot(LOW + " nothing nothing", VIEW, (-1.0, 1.0), (1.5, 5.0), turn=(-20, 20)),
     Slot(SEATS, VIEW, (-1.0, 1.0), (0.9, 3.5)),
     Slot(SEATS + " nothing", VIEW, (-1.0, 1.0), (1.2, 4.0)),
-    Slot(SEATS + " person floor_lamp pot_plant ladder nothing", VIEW, (-1, 1), (0.8, 4.0)),
+    Slot(SUBJECT, VIEW, (-0.5, 0.5), (0.6, 2.0)),
     Slot(
         "ceiling_lamp ceiling_panels beams nothing nothing",
         CEILING,

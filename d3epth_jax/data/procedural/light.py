@@ -23,12 +23,15 @@ class Light(NamedTuple):
     haze_density: jax.Array  # 1/m
     sky: jax.Array  # [2, 3] horizon, zenith
     cloud: jax.Array  # [2] amount, size
+    softness: jax.Array  # of the shadows' edges, in [0, 1]
+    occlusion: jax.Array  # how much darker it is where things stand close
     lens: jax.Array  # [10], see develop
+    frame: jax.Array  # [5] shares of the picture left, right, top, bottom; grey level
     seed: jax.Array  # uint32
 
 
 def make_light(u, outdoor, centre, half, to_world) -> Light:
-    """Light, air, sky and lens from draws u [56]; `centre`, `half`, `to_world`: the room's box."""
+    """Light, air, sky and lens from draws u [64]; `centre`, `half`, `to_world`: the room's box."""
     night = u[0] < 0.12
     # The sun: any azimuth, low or high; indoors it shines in through windows (panes).
     azimuth, elevation = 2 * jnp.pi * u[1], jnp.radians(lerp(u[2], 10.0, 70.0))
@@ -73,11 +76,15 @@ def make_light(u, outdoor, centre, half, to_world) -> Light:
             lerp(u[37], 0.85, 1.18),  # red and blue balance
             lerp(u[38], 0.85, 1.18),
             0.6 * u[39] ** 2,  # vignetting
-            lerp(u[40], 0.25, 0.6),  # blur: weight of the neighbours
-            0.018 * u[41] ** 2,  # sensor noise
+            lerp(u[40], 0.05, 0.5),  # blur: weight of the neighbours
+            0.018 * u[41] ** 4,  # sensor noise
             0.08 * u[42] ** 3,  # black level, veil
         ]
     )
+    # Rectified pictures and screenshots have frames, black or white, seldom grey.
+    has_frame = u[53] < 0.12
+    frame = jnp.where(has_frame, 0.045 * u[54] * lerp(u[55:59], 0.3, 1.0), 0.0)
+    grey = jnp.where(u[59] < 0.45, 1.0, jnp.where(u[59] < 0.9, 0.0, u[60]))
     return Light(
         position=jnp.where(sunny, sun, lamp),
         colour=strength * warm,
@@ -97,6 +104,9 @@ def make_light(u, outdoor, centre, half, to_world) -> Light:
         haze_density=density,
         sky=jnp.stack([horizon, zenith]),
         cloud=jnp.stack([u[46] * 1.2, log_lerp(u[47], 0.15, 0.6)]),
+        softness=jnp.minimum(jnp.where(outdoor, 0.36, 1.2) * u[51], 1.0),
+        occlusion=u[52] ** 0.7,
         lens=lens,
+        frame=jnp.append(frame, grey),
         seed=(u[50] * 2**23).astype(jnp.uint32),
     )

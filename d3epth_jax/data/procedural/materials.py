@@ -78,10 +78,21 @@ def log_lerp(u, low, high):
     return low * (high / low) ** u
 
 
-def make_materials(u, roles, outdoor):
+def make_tint(u, outdoor):
+    """How far a scene's colours are drawn together, and to which one [3], from draws u [6].
+
+    Real rooms are white on white and brown on brown: colour alone does not tell things apart.
+    """
+    share = jnp.where(u[0] < 0.45, lerp(u[1], 0.3, 0.98), 0.0) * jnp.where(outdoor, 0.6, 1.0)
+    hue = jnp.where(u[2] < 0.65, lerp(u[3], 0.02, 0.14), u[3])
+    return share, hsv(hue, 0.5 * u[4] ** 1.5, log_lerp(u[5], 0.06, 0.9))
+
+
+def make_materials(u, roles, outdoor, tint):
     """Materials [G * PARTS + 6, len(COLUMNS)] from draws u [G + 1, 7, 16].
 
-    Parts of one object share a material where they share a role.
+    Parts of one object share a material where they share a role. All colours are drawn towards one
+    of the scene's own: `tint` is how far, 0 to 1, and the colour.
     """
     numbers, families = zip(*(MATERIALS[role].split("|") for role in ROLES), strict=True)
     role_rows = np.float32([row.split() for row in numbers])
@@ -111,6 +122,10 @@ def make_materials(u, roles, outdoor):
     colour = hsv(hue, saturation, albedo)
     colour2 = hsv(
         hue + row[8] * (2 * u[:, 4] - 1), saturation * (0.6 + 0.6 * u[:, 5]).clip(0, 1), second
+    )
+    share, common = tint
+    colour, colour2 = (
+        jnp.exp(lerp(share, jnp.log(c + 1e-3), jnp.log(common))) for c in (colour, colour2)
     )
     emission = lerp(u[:, 6] ** 2, row[9], row[10])
     gloss = lerp(u[:, 7] ** 2, row[11], row[12])

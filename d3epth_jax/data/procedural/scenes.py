@@ -17,6 +17,7 @@ from d3epth_jax.data.procedural.light import Light, make_light
 from d3epth_jax.data.procedural.parts import PARTS, ROLES
 
 NEAR = 0.4  # metres around the camera that parts must leave free
+TILTED = 0.15  # share of indoor scenes whose camera is rolled much more than its layout says
 SQUARE_PIXELS = 0.4  # share of scenes whose pixels are square wherever others are not
 
 
@@ -117,7 +118,7 @@ def make_scene(key, pixel_aspects: tuple[float, float] = (1.0, 1.0)) -> Scene:
     parts = {k: jnp.asarray(v) for k, v in objects.tables().items()}
     slots, things = table["choice"].shape[1:]
     # One draw for everything: the generator is most of what a small program compiles.
-    shapes = ((16,), (slots, 12), (slots, PARTS, 8), (slots + 1, 7, 16), (56,))
+    shapes = ((20,), (slots, 12), (slots, PARTS, 8), (slots + 1, 7, 16), (64,))
     sizes = [math.prod(shape) for shape in shapes]
     flat = jnp.split(jax.random.uniform(key, (sum(sizes),)), np.cumsum(sizes)[:-1].tolist())
     u, u_slots, u_parts, u_materials, u_light = (
@@ -127,6 +128,8 @@ def make_scene(key, pixel_aspects: tuple[float, float] = (1.0, 1.0)) -> Scene:
     table = {k: v[kind] for k, v in table.items()}
 
     fov, pitch, yaw, roll = (between(u[1 + i], table["angle"][i]) for i in range(4))
+    roll = jnp.where((u[13] < TILTED) & ~table["outdoor"], 8 * roll, roll)
+    tint = materials.make_tint(u[14:20], table["outdoor"])
     low, high = table["length"][:, 0], table["length"][:, 1]
     lengths = low * (high / low) ** u[5:11]  # log-uniform
     narrowest, widest = pixel_aspects
@@ -207,6 +210,6 @@ def make_scene(key, pixel_aspects: tuple[float, float] = (1.0, 1.0)) -> Scene:
         shell_centre=apply(frame_to_world, shell_centre),
         shell_rotation=frame_to_world.T,
         shell_half=shell_half,
-        materials=materials.make_materials(u_materials, part["role"], outdoor),
+        materials=materials.make_materials(u_materials, part["role"], outdoor, tint),
         light=light,
     )

@@ -28,7 +28,7 @@ class Surface(NamedTuple):
     material: dict  # of planes, by materials.COLUMNS
     is_object: jax.Array  # False: the shell
     is_sky: jax.Array
-    in_shell: list  # position in units of the shell, [-1, 1]
+    in_shell: list  # the same position in units of the shell: its walls are at -1 and 1
 
 
 def intersect(origin, direction, quadric):
@@ -95,7 +95,10 @@ def trace(scene: Scene, origin, directions, ragged, start):
 
 
 def _see_shell(scene: Scene, direction):
-    """Depth, face (-x +x -y +y -z +z) and position; seen from inside, so that the exit counts."""
+    """Depth, face (-x +x -y +y -z +z), and the ray in units of the shell, as origin and direction.
+
+    It is seen from inside, so that the exit counts.
+    """
     shell = scene.shell_rotation / scene.shell_half[:, None]
     origin = apply(shell, scene.eye - scene.shell_centre)
     direction = apply_to_pixels(shell, direction)
@@ -106,13 +109,13 @@ def _see_shell(scene: Scene, direction):
     t = jnp.minimum(jnp.minimum(exits[0], exits[1]), exits[2])
     axis = jnp.where(exits[1] == t, 1, jnp.where(exits[0] == t, 0, 2))
     positive = jnp.where(axis == 0, direction[0], jnp.where(axis == 1, *direction[1:])) > 0
-    return t, 2 * axis + positive, [o + t * d for o, d in zip(origin, direction, strict=True)]
+    return t, 2 * axis + positive, (origin, direction)
 
 
 def see(scene: Scene, direction, ragged) -> Surface:
     """The nearest surface along rays from the eye; directions have the forward component 1."""
     count = scene.centre.shape[0]
-    shell_t, face, in_shell = _see_shell(scene, direction)
+    shell_t, face, ray_in_shell = _see_shell(scene, direction)
     nearest = trace(scene, scene.eye, direction, ragged, 0.25)
     near_t = jax.lax.bitcast_convert_type(nearest & -(1 << _ID_BITS), jnp.float32)
     is_object = (nearest < jnp.iinfo(jnp.int32).max) & (near_t < shell_t)
@@ -152,6 +155,9 @@ def see(scene: Scene, direction, ragged) -> Surface:
     ]
     length = jnp.sqrt(sum(n * n for n in normal) + 1e-20)
 
+    depth = jnp.where(is_object, entry, shell_t)
+    in_shell = [o + depth * d for o, d in zip(*ray_in_shell, strict=True)]
+
     # Texture coordinates: the face's two axes in metres; where it is curved, an oblique projection.
     metric = [
         jnp.where(is_object, local[i] * half[i], in_shell[i] * scene.shell_half[i])
@@ -162,7 +168,6 @@ def see(scene: Scene, direction, ragged) -> Surface:
     u = jnp.where(axis == 0, metric[2], metric[0] + jnp.where(axis == 3, 0.7 * metric[2], 0.0))
     v = jnp.where(axis == 1, metric[2], metric[1] + jnp.where(axis == 3, 0.3 * metric[2], 0.0))
 
-    depth = jnp.where(is_object, entry, shell_t)
     return Surface(
         depth=depth,
         position=[scene.eye[i] + depth * direction[i] for i in range(3)],
