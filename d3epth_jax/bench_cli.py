@@ -9,9 +9,10 @@ import collections
 import datetime
 import json
 import pathlib
+import subprocess
 import sys
 
-from d3epth_jax import bench_measure
+from d3epth_jax import __version__, bench_measure
 from d3epth_jax.bench_plan import WHAT, plan
 
 OK, SOME_FAILED, UNUSABLE, INTERRUPTED = 0, 1, 2, 130
@@ -99,6 +100,7 @@ def bench(args: argparse.Namespace) -> int:
                     bench_measure.say(f"{label} ...")
                     now = bench_measure.measured(job, args, *ready) | _when()
                     if "error" in now and ready:  # alone it may find the memory
+                        bench_measure.say("    it is measured alone, after the others")
                         waves.append([(label, job)])
                         continue
                     failed |= "error" in now
@@ -141,7 +143,20 @@ def _measured_before(args: argparse.Namespace) -> list[dict]:
 def _when() -> dict:
     """What a row says of its making: files may hold those of several calls."""
     now = datetime.datetime.now().astimezone().isoformat(timespec="seconds")
-    return {"date": now, "command": " ".join(["d3epth", *sys.argv[1:]])}
+    return {"date": now, "command": " ".join(["d3epth", *sys.argv[1:]]), "code": _code()}
+
+
+def _code() -> str:
+    """The package's version, and its commit where it lies in a git checkout of its own."""
+    root = pathlib.Path(__file__).parents[1]
+    if not (root / ".git").exists():  # git would tell of a checkout around it
+        return __version__
+    git = ["git", "-C", str(root), "describe", "--always", "--exclude=*", "--dirty= modified"]
+    try:
+        found = subprocess.run(git, capture_output=True, text=True, timeout=20, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return __version__
+    return f"{__version__} {found.stdout.strip()}"
 
 
 EXTENT = ("runs", "compared")  # more of them is as good
@@ -149,14 +164,19 @@ EXTENT = ("runs", "compared")  # more of them is as good
 
 def _is_of(row: dict, job: dict) -> bool:
     """Whether a row is of what a job measures, were it with fewer runs or without a comparison."""
-    row = {"micro": 0} | row  # of before there was --micro
     return {key: job[key] for key in job if key not in EXTENT}.items() <= row.items()
 
 
 def _replaced(rows: list[dict], job: dict, now: dict) -> list[dict]:
-    """The rows with one more; an error takes the place of errors only."""
-    kept = [r for r in rows if not _is_of(r, job) or ("error" in now and "error" not in r)]
-    return [*kept, now]
+    """The rows with one more, which takes the place of those that are not worth more."""
+    return [*(r for r in rows if not _is_of(r, job) or _worth(r) > _worth(now)), now]
+
+
+def _worth(row: dict) -> int:
+    """0: an error alone, 1: an error after something was measured, 2: no error."""
+    if "error" not in row:
+        return 2
+    return int(any(key in row for key in ("seconds", "results", "pieces")))
 
 
 def _in_order(rows: list[dict], jobs: list[dict]) -> list[dict]:

@@ -101,7 +101,8 @@ def _made_ready(job: dict, ready: Ready, together: int = 1) -> Ready:
     try:
         if job["what"] != "predict":
             settings = ("model", "size", "dtype", "remat", "micro", "batch")
-            row |= ours.ask("compile", stage=job["what"], **{key: job[key] for key in settings})
+            settings = {key: job[key] for key in settings} | {"shared": together > 1}
+            row |= ours.ask("compile", stage=job["what"], **settings)
             row |= {"ahead": together} if together > 1 else {}
             return ready
         row |= ours.ask(
@@ -135,8 +136,7 @@ def _predict(job: dict, args: argparse.Namespace, ready: Ready | None = None) ->
     with contextlib.ExitStack() as stack:
         if ready:
             stack.callback(ready.close)
-            for request in ({"do": "run"}, *({"do": "part", "part": p} for p in ready.row["macs"])):
-                ready.ours.ask(**request)  # it has waited
+            ready.ours.ask("run")  # it has waited
         else:
             begun = stack.enter_context(_begun(job, shares=job["compared"]))
             ready = _made_ready(job, begun)
@@ -145,10 +145,11 @@ def _predict(job: dict, args: argparse.Namespace, ready: Ready | None = None) ->
         if "memory" not in row:
             row["memory"] = ours.ask("memory")
         row["matmul"] = ours.ask("matmul", dtype=job["dtype"])["flops"]
-        row["parts"] = {
-            part: [ours.ask("part", part=part)["seconds"] for _ in range(args.runs)]
-            for part in row["macs"]
-        }
+        row["parts"] = {}
+        for part in row["macs"]:
+            ours.ask("part", part=part)  # it has waited, or compiles now
+            times = [ours.ask("part", part=part)["seconds"] for _ in range(args.runs)]
+            row["parts"][part] = times
         if job["compared"]:
             theirs = _worker(stack, "compare_diffusers", {})
             try:
@@ -239,12 +240,11 @@ def _train(job: dict, args: argparse.Namespace, ready: Ready | None = None) -> d
     largest = row.pop("result")
     if ready:
         del largest["compile_s"]
-        if largest.get("halved"):
-            raise WorkerError("others held memory: it is measured alone")
     row["results"] = [largest]
     micro = next(n for n in range(largest["micro"], 0, -1) if batch % n == 0)
     try:
         if largest.get("after_failure"):
+            del largest["memory"]  # of the batch that did not fit
             row["results"] = [step(largest["micro"], largest["micro"])["result"]]
         if micro < batch and not job["micro"]:
             row["results"].append(step(micro, batch)["result"])

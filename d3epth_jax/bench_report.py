@@ -19,7 +19,8 @@ NOTES = {
     "train": "Batches lie on the device: no loading of data. MFU: forward and gradients, without"
     " what is recomputed, of a large matrix product's best measured speed. Hours: for the pictures"
     " of METHOD's 20k (stage 2) and 30k (stage 1) steps of 32. Compile: - where others were"
-    " compiled at the same time (--ahead).",
+    " compiled at the same time (--ahead). Peak: - where only a larger batch's is known, which did"
+    " not fit.",
     "compare": "Ratio: diffusers' time / ours, alternating runs, the same weights and threads;"
     " above 1 ours is faster. GiB: ours as above, theirs of predicting alone."
     " Difference: the largest between the two depth maps, in [0,1].",
@@ -144,7 +145,7 @@ def _training(row: dict) -> Iterable[list[str]]:
             f"{found['compile_s']:.1f}" if "compile_s" in found else "-", f"{seconds:.3g}",
             f"{count / seconds:.3g}",
             f"{100 * 2 * found['macs'] / seconds / row['matmul']:.1f}",
-            _gib(found["memory"]),
+            _gib(found["memory"]) if "memory" in found else "-",
             f"{seconds / count * PICTURES[row['what']] / 3600:.2f}",
         ]  # fmt: skip
 

@@ -23,6 +23,8 @@ from d3epth_jax.train_state import TrainState, init_train_state, merge, split_tr
 from d3epth_jax.typing import Params
 from d3epth_jax.weights import fold
 
+NO_MEMORY = (RuntimeError, MemoryError)  # of the device as it is; of what is planned for it
+
 
 class Recipe(NamedTuple):
     """A stage's training of one model, before anything is computed."""
@@ -38,7 +40,7 @@ class Recipe(NamedTuple):
 class Training:
     """One training step, measured; the methods are the requests."""
 
-    def compile(self, batch: int, micro: int = 0, **settings) -> dict:
+    def compile(self, batch: int, micro: int = 0, shared: bool = False, **settings) -> dict:
         """Compiles the step, with nothing of it on the device but what does not train.
 
         Args:
@@ -46,16 +48,18 @@ class Training:
           micro: pictures at a time, a divisor of `batch`; 0: `batch`, its half, a quarter, ...,
             the first that fits, in a step of their own (on a CPU one, since its memory has no limit
             that could be met without being ended by the system).
+          shared: the device's memory, with other processes. A step that runs out of it is an error
+            then, for it may fit alone; one planned beyond the limit would not.
           settings: `recipe`'s.
         """
-        self.recipe, self.batch, self.asked = recipe(**settings), batch, micro
+        self.recipe, self.no_other = recipe(**settings), bool(micro) or shared
         memory.forget_peak()
         if micro:
             self._compile(micro, batch // micro)
         elif jax.default_backend() == "cpu":
             self._compile(1)
         else:
-            largest_that_fits(self._compile, batch)
+            largest_that_fits(self._compile, batch, MemoryError if shared else NO_MEMORY)
         return {"trained": count_params(self.recipe.trainable), **device()}
 
     def _compile(self, micro: int, accumulate: int = 1) -> None:
@@ -76,8 +80,7 @@ class Training:
         """The compiled step, `runs` times after one that does not count.
 
         Where it takes more memory than was planned, that of the next smaller batch that fits, with
-        "after_failure": the most memory in use is the larger one's then. "halved": whether memory
-        made it smaller than the whole batch.
+        "after_failure": the most memory in use is the larger one's then.
         """
         found, failed = None, False
         while found is None:
@@ -86,12 +89,11 @@ class Training:
                 largest_that_fits(self._compile, self.micro // 2)
             try:
                 found = self._run(runs)
-            except (RuntimeError, MemoryError) as error:
-                if not is_out_of_memory(error) or self.asked or self.micro == 1:
+            except NO_MEMORY as error:
+                if not is_out_of_memory(error) or self.no_other or self.micro == 1:
                     raise
                 failed = True
-        halved = not self.asked and self.micro < self.batch and jax.default_backend() != "cpu"
-        return found | {"halved": halved, "after_failure": failed}
+        return found | {"after_failure": failed}
 
     def matmul(self, dtype: str) -> dict:
         """As bench.py's, after the step: its memory is not the step's."""
@@ -173,7 +175,13 @@ def recipe(stage: str, model: str, size: tuple[int, int], dtype: str, remat: boo
 
     def make_step(accumulate: int) -> Callable:
         return steps.make_train_step(
-            loss_fn, tx, task_weights, beta=beta, tasks=tasks, accumulate=accumulate
+            loss_fn,
+            tx,
+            task_weights,
+            beta=beta,
+            tasks=tasks,
+            accumulate=accumulate,
+            weights_from_data=stage == "stage1",
         )
 
     return Recipe(
@@ -186,16 +194,16 @@ def recipe(stage: str, model: str, size: tuple[int, int], dtype: str, remat: boo
     )
 
 
-def largest_that_fits(attempt: Callable[[int], None], limit: int) -> None:
+def largest_that_fits(attempt: Callable[[int], None], limit: int, errors=NO_MEMORY) -> None:
     """`attempt(n)` for n = limit, its half, ... 1, until memory suffices.
 
-    Raises MemoryError if it never does.
+    Raises MemoryError if it never does, and errors that are none of `errors` at once.
     """
     size = limit
     while size:
         try:
             return attempt(size)
-        except (RuntimeError, MemoryError) as error:
+        except errors as error:
             if not is_out_of_memory(error):
                 raise
             why = str(error)  # not the error, which holds arrays

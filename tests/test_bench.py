@@ -3,6 +3,9 @@
 import dataclasses
 import importlib.util
 import json
+import re
+import shutil
+import subprocess
 import sys
 
 import jax
@@ -10,7 +13,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from d3epth_jax import bench, bench_measure, bench_report, bench_train, cli, macs
+import d3epth_jax
+from d3epth_jax import bench, bench_cli, bench_measure, bench_report, bench_train, cli, macs
 from d3epth_jax.bench_worker import Worker, WorkerError
 from d3epth_jax.models import presets
 from d3epth_jax.models.config import AutoencoderKLConfig
@@ -115,7 +119,7 @@ def test_a_worker_tells_what_went_wrong():
     with Worker("d3epth_jax.bench") as worker:
         with pytest.raises(WorkerError, match="nowhere"):
             worker.ask("open", model="nowhere", size=[8, 8], batch=1, dtype="float32", folded=True)
-        assert worker.ask("matmul", dtype="float32")["platform"] == "cpu"  # it is still there
+        assert worker.ask("device")["platform"] == "cpu"  # it is still there
     with Worker("d3epth_jax.no_such") as worker, pytest.raises(WorkerError, match=r"no_such ended"):
         worker.ask("memory")
 
@@ -279,20 +283,22 @@ def test_resume_measures_again_what_has_fewer_runs_or_was_not_compared(measured,
 
 
 def test_an_error_does_not_take_the_place_of_what_was_measured(measured, tmp_path):
-    args = ["bench", "d3_fast", "--out", str(tmp_path)]
+    def rows(result, runs) -> list[tuple]:
+        measured["d3_fast"] = result
+        args = ["bench", "d3_fast", "--out", str(tmp_path), "--resume", "--runs", str(runs)]
+        assert cli.main(args) == ("error" in result)
+        return [("seconds" in row, "error" in row, row["runs"]) for row in saved_rows(tmp_path)]
 
-    def rows():
-        saved = json.loads((tmp_path / "bench.json").read_text())["rows"]
-        return [("error" in row, row["runs"]) for row in saved]
-
-    assert cli.main([*args, "--runs", "3"]) == 0
-    measured["d3_fast"] = {"error": "killed"}
-    for runs in ("5", "7"):
-        assert cli.main([*args, "--runs", runs, "--resume"]) == 1
-        assert rows() == [(False, 3), (True, int(runs))]
-    measured["d3_fast"] = ROW
-    assert cli.main([*args, "--runs", "5", "--resume"]) == 0
-    assert rows() == [(False, 5)]
+    error, partly, whole = {"error": "killed"}, ROW | {"error": "diffusers: killed"}, ROW
+    assert rows(error, 1) == [(False, True, 1)]
+    assert rows(partly, 2) == [(True, True, 2)]
+    for runs in (3, 4):
+        assert rows(error, runs) == [(True, True, 2), (False, True, runs)]
+    assert rows(partly, 5) == [(True, True, 5)]
+    assert rows(whole, 6) == [(True, False, 6)]
+    assert rows(partly, 7) == [(True, False, 6), (True, True, 7)]
+    assert rows(error, 8) == [(True, False, 6), (True, True, 7), (False, True, 8)]
+    assert rows(whole, 7) == [(True, False, 7)]
 
 
 def test_resume_does_not_mix_machines(measured, tmp_path, capsys):
@@ -323,6 +329,34 @@ def test_rows_of_several_calls_say_which(measured, tmp_path, monkeypatch):
     assert all(f"`{command}`" in (tmp_path / "bench.md").read_text() for command in commands)
 
 
+@pytest.mark.skipif(shutil.which("git") is None, reason="needs git")
+def test_rows_say_which_code_measured_them(measured, tmp_path, monkeypatch):
+    def code() -> str:
+        assert cli.main(["bench", "d3_fast", "--out", str(tmp_path / "out")]) == 0
+        return saved_rows(tmp_path / "out")[0]["code"]
+
+    def git(*args):
+        named = ("-c", "user.name=a", "-c", "user.email=a@b")
+        subprocess.run(["git", "-C", tmp_path, *named, *args], check=True, capture_output=True)
+
+    package = tmp_path / "d3epth_jax"
+    package.mkdir()
+    (package / "bench_cli.py").write_text("")
+    monkeypatch.setattr(bench_cli, "__file__", str(package / "bench_cli.py"))
+    version = d3epth_jax.__version__
+    assert code() == version
+    git("init")
+    assert code() == version, "git has nothing to tell yet"
+    git("add", "d3epth_jax")
+    git("commit", "--message", "first")
+    git("tag", "v9", "--annotate", "--message", "tag")
+    assert re.fullmatch(re.escape(version) + " [0-9a-f]{7,}", commit := code())
+    (package / "bench_cli.py").write_text("changed")
+    assert code() == f"{commit} modified"
+    monkeypatch.setenv("PATH", "")
+    assert code() == version
+
+
 def test_no_chart_of_before_stays(measured, tmp_path):
     out = ["--out", str(tmp_path)]
     assert cli.main(["bench", "d3_fast", *out]) == 0 and (tmp_path / "macs.png").exists()
@@ -330,32 +364,20 @@ def test_no_chart_of_before_stays(measured, tmp_path):
     assert not (tmp_path / "macs.png").exists()
 
 
-def test_rematerialisation_is_part_of_a_measurement(measured, tmp_path):
+def test_rematerialisation_and_micro_batches_are_part_of_a_measurement(measured, tmp_path):
     args = ["bench", "d3_fast", "--what", "stage2", "--out", str(tmp_path), "--resume"]
-    for more in ([], ["--no-remat"], []):
+    for more in ([], ["--no-remat"], ["--micro", "4"], []):
         assert cli.main([*args, *more]) == 0
     rows = saved_rows(tmp_path)
-    assert [row["remat"] for row in rows] == [False, True]
+    assert [(row["remat"], row["micro"]) for row in rows] == [(False, 0), (True, 4), (True, 0)]
+    assert ["4 at a time" in bench_report.name(row) for row in rows] == [False, True, False]
     step = {"micro": 2, "accumulate": 1, "compile_s": 1.0, "seconds": [0.5], "macs": 10**9}
     step["memory"] = {"bytes": 2**30}
     found = {"results": [step], "trained": 10**6, "matmul": 1e9}
     table = bench_report.markdown([row | found for row in rows]).splitlines()
     cells = [line.replace(" ", "").split("|") for line in table if line.startswith("|")]
     column = cells[0].index("remat")
-    assert sorted(line[column] for line in cells[-2:]) == ["no", "yes"]
-
-
-def test_rows_of_before_there_was_micro_are_gone_on_with(measured, tmp_path):
-    args = ["bench", "d3_fast", "--what", "stage2", "--out", str(tmp_path), "--resume"]
-    assert cli.main(args) == 0
-    path = tmp_path / "bench.json"
-    saved = json.loads(path.read_text())
-    assert saved["rows"][0].pop("micro") == 0
-    path.write_text(json.dumps(saved))
-    assert cli.main(args) == 0
-    assert saved_rows(tmp_path) == saved["rows"]
-    assert cli.main([*args, "--micro", "4"]) == 0
-    assert [bench_report.name(row).count("4 at a time") for row in saved_rows(tmp_path)] == [0, 1]
+    assert [line[column] for line in cells[-3:]] == ["no", "yes", "yes"]
 
 
 def test_model_directories_are_predicted_with_and_what_says_what(measured, tmp_path, monkeypatch):

@@ -59,6 +59,10 @@ def test_models_made_ready_together_are_measured_one_by_one(monkeypatch, tmp_pat
     names = ["d3_fast 1", "d3_fast 2", "d3_base 1"]
     for name in names:
         assert [(do, part) for who, do, part in wave if who == name] == first
+    # And as it is timed: twice, directly after once that warms up what has waited.
+    timed = [("run", None)] * 3 + [("matmul", None)]
+    timed += [("part", part) for part in ROW["macs"] for _ in range(3)]
+    assert [(do, part) for who, do, part in rest if who == "d3_fast 1"] == timed
     turns = [who for who, _ in itertools.groupby(who for who, _, _ in rest)]
     assert turns == [*names, "d3_base 2", "d3_tiny 2"]
     failed = ["d3_tiny 1", "d3_tiny 2"]

@@ -2,7 +2,6 @@
 
 import argparse
 import json
-from concurrent.futures import Future
 
 import jax
 import jax.numpy as jnp
@@ -20,26 +19,35 @@ def arguments(**settings) -> argparse.Namespace:
 class FakeWorker:
     """Answers as a device would on which `fits` pictures do; `asked`: (micro, batch) of each."""
 
-    def __init__(self, asked: list, fits: int, planned_wrong: bool = False, fails: bool = False):
+    def __init__(
+        self,
+        asked: list,
+        fits: int,
+        planned_wrong: bool = False,
+        fails: bool = False,
+        crowded: bool = False,  # others hold memory
+    ):
         self.asked, self.fits, self.planned_wrong = asked, fits, planned_wrong
-        self.fails, self.used = fails, False
+        self.fails, self.crowded, self.used = fails, crowded, False
 
-    def ask(self, do, micro=0, batch=0, **settings):
+    def ask(self, do, micro=0, batch=0, shared=False, **settings):
         if do == "compile":
-            assert settings["remat"] and settings["stage"] == "stage2"
+            assert settings["stage"] == "stage2"
             assert not self.used, "each step has a process of its own"
             self.used = True
             self.asked.append((micro, batch))
             if self.fails and micro:
                 raise WorkerError("killed")
+            if self.crowded and shared:
+                raise WorkerError("RESOURCE_EXHAUSTED")
             self.micro, self.accumulate = (micro, batch // micro) if micro else (self.fits, 1)
-            self.found = {"halved": not micro and self.fits < batch, "compile_s": 1.0}
+            self.found = {"compile_s": 1.0, "seconds": [0.5], "macs": 1}
             self.found["after_failure"] = self.planned_wrong and not micro
-            return {"trained": 3}
+            return {"trained": 3, "remat": settings["remat"]}
         if do == "matmul":
             return {"flops": 1e12}
-        found = {"micro": self.micro, "accumulate": self.accumulate, "memory": 9 - len(self.asked)}
-        return found | self.found
+        found = {"micro": self.micro, "accumulate": self.accumulate}
+        return found | self.found | {"memory": {"bytes": (9 - len(self.asked)) * 2**30}}
 
 
 JOB = {"what": "stage2", "model": "d2_base", "size": [8, 8], "remat": True, "dtype": "float32"}
@@ -71,10 +79,19 @@ def test_the_accumulated_step_is_exactly_the_batch_in_a_process_of_its_own(
     assert last["micro"] * last["accumulate"] == batch and row["trained"] == 3
 
 
+def peaks(row: dict) -> list[str]:
+    """As the report shows them."""
+    lines = bench_report.markdown([JOB | {"batch": 8} | row]).splitlines()
+    return [line.split("|")[-3].strip() for line in lines if "| d2_base" in line]
+
+
 def test_memory_of_a_batch_that_did_not_fit_is_not_shown_as_that_of_one_that_did(monkeypatch):
     row, asked = trained(monkeypatch, 8, 0, 4, True)
     assert asked == [(0, 8), (4, 4), (4, 8)]
-    assert [(found["accumulate"], found["memory"]) for found in row["results"]] == [(1, 7), (2, 6)]
+    assert peaks(row) == ["7.00", "6.00"]
+    row, asked = trained(monkeypatch, 8, 0, 4, True, True)  # and the second measurement fails
+    assert asked == [(0, 8), (4, 4)] and row["error"] == "after a step of 4: killed"
+    assert row["results"][0]["seconds"] == [0.5] and peaks(row) == ["-"]
 
 
 def test_what_was_measured_stays_if_the_accumulated_step_fails(monkeypatch):
@@ -84,26 +101,35 @@ def test_what_was_measured_stays_if_the_accumulated_step_fails(monkeypatch):
     assert row["error"] == "after a step of 16: killed" and row["trained"] == 3
 
 
-@pytest.mark.parametrize("fits", [8, 32])
-def test_steps_compiled_together_that_lacked_memory_are_measured_alone(monkeypatch, fits):
+@pytest.mark.parametrize(("fits", "crowded"), [(32, False), (8, False), (32, True)])
+def test_steps_compiled_together_are_measured_alone_only_if_others_held_the_memory(
+    monkeypatch, fits, crowded
+):
+    """Not where it is by its own plan that a step does not fit."""
     asked, ended = [], []
-    monkeypatch.setattr(bench_measure, "_worker", lambda *_: FakeWorker(asked, fits))
+
+    class Worker(FakeWorker):
+        def __init__(self, stack, *_):
+            super().__init__(asked, fits, crowded=crowded)
+            stack.callback(lambda: ended.append(1))
+
+    monkeypatch.setattr(bench_measure, "_worker", Worker)
     job = JOB | {"batch": 32, "micro": 0}
-    wave = [("one", job), ("two", job | {"remat": True})]
-    rows = []
+    wave = [("one", job), ("two", job | {"remat": False})]
     with bench_measure.ready_together(wave) as models:
-        for (_, job), (future,) in zip(wave, models, strict=True):
-            assert future.result().row == {"trained": 3, "ahead": 2}
-            ready = future.result()._replace(close=lambda: ended.append(1))
-            future = Future()
-            future.set_result(ready)
-            rows.append(bench_measure.measured(job, arguments(), future))
-    assert asked == [(0, 32)] * 2 and len(ended) == 2, "nothing is compiled beside the other"
-    if fits == 32:
-        assert [row["results"][0]["micro"] for row in rows] == [32, 32]
-        assert "compile_s" not in rows[0]["results"][0]
-    else:
-        assert all("alone" in row["error"] and "results" not in row for row in rows)
+        assert asked == [(0, 32)] * 2, "nothing is compiled again beside the other"
+        assert len(ended) == 2 * crowded, "those that failed hold memory that others need"
+        rows = [
+            bench_measure.measured(job, arguments(), *ready)
+            for (_, job), ready in zip(wave, models, strict=True)
+        ]
+    assert [row["remat"] for row in rows] == [True, False]
+    if crowded:
+        assert all(row["error"] == "RESOURCE_EXHAUSTED" for row in rows)
+        return
+    assert all(row["ahead"] == 2 and "error" not in row for row in rows)
+    assert all("compile_s" not in row["results"][0] for row in rows)
+    assert asked[2:] == ([] if fits == 32 else [(8, 32)] * 2)
 
 
 @pytest.mark.parametrize(
@@ -152,6 +178,10 @@ def test_what_is_planned_beyond_the_limit_is_not_run_and_what_runs_out_is_halved
             raise RuntimeError("RESOURCE_EXHAUSTED")
         return run(training, runs)
 
+    def compile_runs_out(micro):
+        if micro > 8:
+            raise RuntimeError("RESOURCE_EXHAUSTED")
+
     class Device:
         platform, device_kind = "gpu", "A"
 
@@ -169,11 +199,20 @@ def test_what_is_planned_beyond_the_limit_is_not_run_and_what_runs_out_is_halved
     assert training.micro == 16 and not ran
     found = training.step(1)
     assert ran == [16, 8]
-    assert (found["micro"], found["halved"], found["after_failure"]) == (8, True, True)
-    limit["bytes_limit"] = 10**9
-    training.compile(32, 16)  # as it was asked for: no other is tried
+    assert (found["micro"], found["after_failure"]) == (8, True)
+    # No other is tried where it is as it was asked for, or may fit alone.
+    training.compile(32, shared=True)
+    assert training.micro == 16, "by its own plan"
     with pytest.raises(RuntimeError, match="RESOURCE_EXHAUSTED"):
         training.step(1)
+    limit["bytes_limit"] = 10**9
+    training.compile(32, 16)
+    with pytest.raises(RuntimeError, match="RESOURCE_EXHAUSTED"):
+        training.step(1)
+    monkeypatch.setattr(training, "_compile", compile_runs_out)
+    training.compile(16)
+    with pytest.raises(RuntimeError, match="RESOURCE_EXHAUSTED"):
+        training.compile(16, shared=True)
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ machine's compiler's: on a CPU XLA computes bfloat16 convolutions in float32, so
 plans buffers otherwise than on a GPU.
 """
 
+import argparse
 import dataclasses
 import json
 import os
@@ -31,9 +32,9 @@ def model_of(width: float) -> DepthModel:
     return full if width == 1 else quarter("d2_base")
 
 
-def count(width: float = 1, config=None) -> dict[str, int]:
-    """Bytes of the step that `config` makes, by kind, and their sum `peak`."""
-    config = config or stage2.get_config("24gb")
+def count(width: float) -> dict[str, int]:
+    """Bytes of the step, by kind, and their sum `peak`."""
+    config = stage2.get_config("24gb")
     settings = {"dtype": config.model.dtype, "remat": config.model.remat}
     model = dataclasses.replace(model_of(width), **settings)
     # Zeros take no memory until they are written to; only the frozen part is.
@@ -73,7 +74,7 @@ def count(width: float = 1, config=None) -> dict[str, int]:
     }
 
 
-def main(width: float = 1) -> dict[str, int]:
+def main(width: float) -> dict[str, int]:
     sharding.use_cpu_cores(1)
     counted = count(width)
     for name, size in counted.items():
@@ -85,4 +86,8 @@ def main(width: float = 1) -> dict[str, int]:
 
 if __name__ == "__main__":
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
-    print(json.dumps(main(*map(float, sys.argv[1:]))))
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument(
+        "width", metavar="WIDTH", nargs="?", type=float, choices=(1, 0.25), default=1
+    )
+    print(json.dumps(main(parser.parse_args().width)))
