@@ -26,6 +26,8 @@ SUFFIXES = (
 )
 OUTPUTS = ("_depth.png", "_color.png", ".npy", "_uncertainty.npy")
 
+EXPECTED = (OSError, ValueError, RuntimeError, MemoryError)  # JAX's own are RuntimeErrors
+
 OK, SOME_FAILED, UNUSABLE, INTERRUPTED = 0, 1, 2, 130
 
 
@@ -72,7 +74,8 @@ def add_predict(commands) -> None:
         help="pictures of one size computed together")  # fmt: skip
     add("--dtype", choices=("float32", "bfloat16"), default="float32")
     add("--color-map", choices=("Spectral", "gray"), default="Spectral",
-        help="in either, near and far look the same whatever the model predicts")  # fmt: skip
+        help="Spectral (the default): near is red, far is blue; gray: near is black, far is white; "
+        "whatever the model predicts")  # fmt: skip
     add("--uncertainty", action="store_true",
         help="also NAME_uncertainty.npy: how far the ensemble's members differ")  # fmt: skip
     add("--seed", type=int, metavar="N", help="of the initial latents, the same for each picture")
@@ -166,7 +169,7 @@ def predict(args: argparse.Namespace) -> int:
         return _summary(args.out, total, failed)
     try:
         predictor, quantity = _load_predictor(args)
-    except (OSError, ValueError, RuntimeError, MemoryError) as error:  # JAX's are RuntimeErrors
+    except EXPECTED as error:
         name = args.model or "that comes with the package"
         print(f"d3epth: the model {name} cannot be used:\n{error}", file=sys.stderr)
         return UNUSABLE
@@ -297,7 +300,7 @@ def _batches(
 
     sizes = {}
     for picture in pictures:
-        with _failing([picture], failed):
+        with _failing([picture], failed, Exception):
             sizes[picture] = image.upright_size(picture.path)
     for _, group in itertools.groupby(sorted(sizes, key=sizes.get), key=sizes.get):
         group = list(group)
@@ -339,7 +342,7 @@ def _predict_batch(
 
     arrays = {}
     for picture in batch:
-        with _failing([picture], failed):
+        with _failing([picture], failed, Exception):
             arrays[picture] = image.load(picture.path)
     if arrays:
         _predict_arrays(predictor, arrays, args.batch_size, args.color_map, failed)
@@ -381,11 +384,17 @@ def _save_npy(path: pathlib.Path, array) -> None:
 
 
 @contextlib.contextmanager
-def _failing(pictures: Iterable[Picture], failed: dict[pathlib.Path, str]) -> Iterator[None]:
-    """Notes an error of these pictures instead of raising it. JAX's own are RuntimeErrors."""
+def _failing(
+    pictures: Iterable[Picture], failed: dict[pathlib.Path, str], errors=EXPECTED
+) -> Iterator[None]:
+    """Notes an error of these pictures instead of raising it.
+
+    While a file is read, `errors` is Exception: a damaged one may make Pillow raise anything, and
+    must not cost the other pictures.
+    """
     try:
         yield
-    except (OSError, ValueError, RuntimeError, MemoryError) as error:
+    except errors as error:
         log.debug("failed", exc_info=True)
         failed.update({picture.path: _reason(error, picture.path) for picture in pictures})
 
@@ -394,6 +403,8 @@ def _reason(error: Exception, path: pathlib.Path | None = None) -> str:
     """One line, without the path that stands before it."""
     text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
     text = " ".join(text.removeprefix(f"{path}: ").split()) or type(error).__name__
+    if not isinstance(error, EXPECTED):  # its words alone, such as a key, say little
+        text = f"cannot be read ({type(error).__name__}: {text})"
     return text if len(text) <= 300 else f"{text[:300]} ..."
 
 

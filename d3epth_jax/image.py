@@ -5,9 +5,10 @@ Arrays are [..., H, W, C]; leading axes are a batch.
 
 import contextlib
 import math
+import struct
 
 import numpy as np
-from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, UnidentifiedImageError
 
 from d3epth_jax import atomic
 
@@ -19,8 +20,24 @@ COLOR_MAPS = {
     "gray": "000000 ffffff",
 }
 NEUTRAL = (128, 128, 128)  # no depth here; in none of the colour scales
-# What Pillow's decoders raise for a damaged file; RuntimeError is AVIF's.
-DAMAGE = (OSError, SyntaxError, ValueError, RuntimeError)
+# What Pillow raises for a damaged file. RuntimeError is AVIF's; the second line is what comes of
+# tags with values of a wrong type or length.
+DAMAGE = (
+    *(OSError, SyntaxError, ValueError, RuntimeError, EOFError),
+    *(struct.error, TypeError, AttributeError, LookupError, ArithmeticError, AssertionError),
+)
+# What makes a picture upright, by its EXIF orientation. A table, for ImageOps.exif_transpose also
+# writes the EXIF anew, which fails where any tag is damaged.
+TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+COUNTS_12_BITS = 4096
 
 
 class ImageError(ValueError):
@@ -31,7 +48,7 @@ def load(path) -> np.ndarray:
     """Read a picture as uint8 [H, W, 3] sRGB: `from_pil` of a file, the first one if it is a film.
 
     Raises FileNotFoundError, or ImageError (not a picture, truncated, too large to be honest,
-    a float or 32-bit picture, whose range is unknown).
+    of an unknown range as `from_pil` says).
     """
     with _named(path), Image.open(path) as picture:
         return from_pil(picture)
@@ -39,12 +56,11 @@ def load(path) -> np.ndarray:
 
 def upright_size(path) -> tuple[int, int]:
     """(H, W) that `load` would give, from the file's header alone. Raises as `load` does."""
-    tag = ExifTags.Base.Orientation
     with _named(path), Image.open(path) as picture:
         width, height = picture.size
-        turned = picture.getexif().get(tag, 1) in (5, 6, 7, 8)
+        turned = _orientation(picture) in (5, 6, 7, 8)
         # Pillow swaps the sides by a TIFF's own tag, and tells the orientation none the less.
-        swapped = tag in getattr(picture, "tag_v2", ())
+        swapped = ExifTags.Base.Orientation in getattr(picture, "tag_v2", ())
         return (width, height) if turned and not swapped else (height, width)
 
 
@@ -52,25 +68,52 @@ def from_pil(picture: Image.Image) -> np.ndarray:
     """A picture of any Pillow mode as uint8 [H, W, 3] sRGB, upright by its EXIF orientation.
 
     Alpha is dropped, not blended; grey, palette and CMYK are converted. 16-bit grey is divided by
-    65535 and rounded to 8 bits; 16-bit RGB is cut to its upper byte by Pillow. Raises ImageError
-    for damaged or truncated data, and for a float or 32-bit picture, whose range is unknown.
+    65535 and rounded to 8 bits; 16-bit RGB is cut to its upper byte by Pillow. Damage in the EXIF
+    is passed over. Raises ImageError for damaged or truncated data, and where the range of the
+    values is unknown, which would give a black picture: float, 32-bit or signed integers, and
+    16-bit grey with values of 12 bits only.
     """
+    whole_range = picture.format == "PPM"  # of mode I too: Pillow has scaled it to 16 bits
     try:
-        picture = ImageOps.exif_transpose(picture)
+        picture.load()
+        turn = TURNS.get(_orientation(picture))
+        picture = picture.copy() if turn is None else picture.transpose(turn)
     except DAMAGE as error:
         raise ImageError(f"damaged or truncated picture: {error}") from error
-    if picture.mode.startswith("I"):
-        values = np.asarray(picture)
-        if values.size and (values.min() < 0 or values.max() > 65535):
-            raise ImageError("32-bit picture with values outside 0..65535")
-        grey = np.rint(values * (255 / 65535)).astype(np.uint8)
-        return np.repeat(grey[..., None], 3, axis=-1)
     if picture.mode == "F":
         raise ImageError("float picture, whose range is unknown; save it with 8 or 16 bits")
+    if picture.mode == "I" and not whole_range:
+        raise ImageError(
+            "picture of 32-bit or signed integers, whose range is unknown; save it with 8 or 16 "
+            "unsigned bits"
+        )
+    if picture.mode.startswith("I"):
+        return _grey_of_16_bits(np.asarray(picture))
     if picture.mode == "La":  # grey times its alpha, which Pillow only takes back to LA
         picture = picture.convert("LA")
     picture.info.pop("transparency", None)  # a copy's; Pillow would warn that it is lost
     return np.array(picture.convert("RGB"))
+
+
+def _orientation(picture: Image.Image) -> int:
+    """EXIF's 1 to 8; 1, upright, where it is missing or cannot be read."""
+    try:
+        value = picture.getexif().get(ExifTags.Base.Orientation, 1)
+        return int(value) if value in TURNS else 1
+    except DAMAGE:
+        return 1
+
+
+def _grey_of_16_bits(values: np.ndarray) -> np.ndarray:
+    """Counts 0..65535 [H, W] as uint8 [H, W, 3]. All black is black whatever the range."""
+    highest = values.max(initial=0)
+    if 0 < highest < COUNTS_12_BITS:
+        raise ImageError(
+            f"16-bit grey picture that is nearly black: its largest value is {highest} of 65535. "
+            "If it holds 12 bits or fewer, scale it to 0..65535 or save it with 8 bits"
+        )
+    grey = np.rint(values * (255 / 65535)).astype(np.uint8)
+    return np.repeat(grey[..., None], 3, axis=-1)
 
 
 @contextlib.contextmanager

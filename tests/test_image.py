@@ -1,12 +1,13 @@
 import io
 import os
+import struct
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from diffusers.pipelines.marigold.marigold_image_processing import MarigoldImageProcessor
-from PIL import Image
+from PIL import Image, ImageOps
 
 from d3epth_jax import image
 
@@ -93,6 +94,69 @@ def test_load_turns_upright_and_drops_alpha(tmp_path):
     np.testing.assert_array_equal(image.load(tmp_path / "a.png"), np.rot90(pixels, -1)[..., :3])
 
 
+@pytest.mark.parametrize("mode", ["RGB", "L", "P", "I;16"])
+def test_every_orientation_is_turned_as_pillow_turns_it(mode):
+    grey = np.random.default_rng(0).integers(0, 256, (4, 6), np.uint8)
+    grey[0, 0] = 255
+    picture = Image.fromarray(grey * np.uint16(257) if mode == "I;16" else grey)
+    picture = picture if mode == "I;16" else picture.convert(mode)
+    expected = {}
+    for orientation in range(1, 9):
+        picture.getexif()[0x0112] = orientation
+        expected[orientation] = np.asarray(ImageOps.exif_transpose(picture).convert("RGB"))
+        if mode == "I;16":  # whose conversion by Pillow cuts
+            upright = np.asarray(ImageOps.exif_transpose(picture)) // 257
+            expected[orientation] = np.repeat(upright[..., None], 3, axis=-1)
+        np.testing.assert_array_equal(image.from_pil(picture), expected[orientation])
+    assert len({turned.tobytes() for turned in expected.values()}) == 8
+
+
+def damaged_exif() -> bytes:
+    """Orientation 6, a resolution that is text and a name of software that is a fraction.
+
+    ImageOps.exif_transpose of Pillow 13.0 fails on it.
+    """
+    rows = (
+        struct.pack("<HHIHH", 0x0112, 3, 1, 6, 0)
+        + struct.pack("<HHI4s", 0x011A, 2, 4, b"abc")
+        + struct.pack("<HHII", 0x0131, 5, 1, 50)
+    )
+    return b"Exif\0\0II*\0" + struct.pack("<IH", 8, 3) + rows + struct.pack("<III", 0, 72, 1)
+
+
+def test_a_picture_with_damaged_exif_is_read_and_turned(tmp_path):
+    pixels = np.zeros((16, 32, 3), np.uint8)
+    pixels[:, :16] = 255
+    Image.fromarray(pixels).save(tmp_path / "a.jpg", exif=damaged_exif(), quality=100)
+    assert image.upright_size(tmp_path / "a.jpg") == (32, 16)
+    np.testing.assert_allclose(image.load(tmp_path / "a.jpg"), np.rot90(pixels, -1), atol=2)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("suffix", ["jpg", "webp"])
+def test_no_damage_of_the_exif_costs_the_picture(tmp_path, suffix):
+    path, exif = tmp_path / f"a.{suffix}", damaged_exif()
+    Image.new("RGB", (6, 4), (9, 99, 199)).save(path, exif=exif)
+    intact, sizes = path.read_bytes(), set()
+    start, rng = intact.index(exif[6:]), np.random.default_rng(0)
+    for _ in range(200):
+        data = bytearray(intact)
+        for place in rng.integers(0, len(exif) - 6, rng.integers(1, 5)):
+            data[start + place] = rng.integers(256)
+        path.write_bytes(data)
+        size = image.load(path).shape[:2]
+        assert image.upright_size(path) == size
+        sizes.add(size)
+    assert sizes == {(6, 4), (4, 6)}  # upright where the orientation was hit
+
+
+def test_from_pil_leaves_the_picture_that_it_is_given_as_it_is():
+    picture = Image.new("P", (3, 2))
+    picture.info["transparency"] = 0
+    image.from_pil(picture)
+    assert picture.info == {"transparency": 0} and picture.mode == "P"
+
+
 @pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "CMYK", "RGB", "YCbCr"])
 def test_load_converts_modes(tmp_path, mode):
     picture = Image.new("RGB", (3, 2), (255, 255, 255)).convert(mode)
@@ -101,7 +165,7 @@ def test_load_converts_modes(tmp_path, mode):
     np.testing.assert_array_equal(result, np.full((2, 3, 3), 255, np.uint8))
 
 
-@pytest.mark.parametrize("mode", ["La", "PA", "RGBa", "RGBX", "HSV", "I;16B", "I"])
+@pytest.mark.parametrize("mode", ["La", "PA", "RGBa", "RGBX", "HSV", "I;16", "I;16B"])
 def test_from_pil_takes_modes_that_files_hardly_have(mode):
     result = image.from_pil(Image.new(mode, (3, 2)))
     assert result.shape == (2, 3, 3) and result.dtype == np.uint8
@@ -173,6 +237,41 @@ def test_load_divides_16_bits(tmp_path):
     with Image.open(tmp_path / "a.tif") as picture:
         assert picture.mode == "I;16B"
     np.testing.assert_array_equal(image.load(tmp_path / "a.tif")[0, :, 1], [0, 1, 128, 255])
+
+
+@pytest.mark.parametrize("dtype", [np.int32, np.int16, np.uint32])
+def test_integers_of_unknown_range_are_refused(tmp_path, dtype):
+    values = np.arange(256, dtype=dtype).reshape(16, 16)
+    tags = [
+        *((256, 16), (257, 16), (258, 8 * values.itemsize), (262, 1), (273, 118), (277, 1)),
+        *((278, 16), (279, values.nbytes), (339, 1 if dtype == np.uint32 else 2)),
+    ]
+    header = b"II*\0" + struct.pack("<IH", 8, len(tags))
+    header += b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags)
+    (tmp_path / "a.tif").write_bytes(header + bytes(118 - len(header)) + values.tobytes())
+    with Image.open(tmp_path / "a.tif") as picture:
+        assert picture.mode == "I"
+        np.testing.assert_array_equal(np.asarray(picture), values)
+    with pytest.raises(image.ImageError, match=r"a\.tif: picture of 32-bit or signed integers, wh"):
+        image.load(tmp_path / "a.tif")
+
+
+@pytest.mark.parametrize("suffix", ["png", "tif", "pgm"])
+def test_12_bits_in_16_are_refused_and_not_read_as_black(tmp_path, suffix):
+    path = tmp_path / f"a.{suffix}"
+    for highest in (1, 255, 4095):
+        Image.fromarray(np.array([[0, highest]], np.uint16)).save(path)
+        message = rf"a\.{suffix}: 16-bit grey picture that is nearly black: .* {highest} of 65535"
+        with pytest.raises(image.ImageError, match=message):
+            image.load(path)
+    for highest in (0, 4096):  # all black is so by any range
+        Image.fromarray(np.array([[0, highest]], np.uint16)).save(path)
+        np.testing.assert_array_equal(image.load(path)[0, :, 0], [0, round(highest / 257)])
+
+
+def test_the_range_that_a_pgm_tells_is_used(tmp_path):
+    (tmp_path / "a.pgm").write_bytes(b"P5 3 1 1023 " + np.array([0, 512, 1023], ">u2").tobytes())
+    np.testing.assert_array_equal(image.load(tmp_path / "a.pgm")[0, :, 0], [0, 128, 255])
 
 
 def test_load_names_a_bad_file(tmp_path, monkeypatch):

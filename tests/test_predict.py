@@ -1,6 +1,8 @@
 """d3epth predict with models and pictures as people have them; the rest is in test_cli."""
 
 import dataclasses
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -11,6 +13,7 @@ from d3epth_jax.models.depth_model import init_params
 from d3epth_jax.weights import hub
 from tests.conftest import small_model
 from tests.test_cli import bad_pictures, predict, write
+from tests.test_image import damaged_exif
 
 
 @pytest.mark.parametrize(
@@ -71,6 +74,10 @@ def test_a_real_model_predicts_all_that_are_good(saved, photographs, tmp_path, c
 
 def test_a_real_model_leaves_out_what_is_bad(saved, photographs, tmp_path, capsys):
     bad = bad_pictures(photographs) | {"thin.png": "shrinks to 64x0"}
+    Image.fromarray(np.arange(6, dtype=np.int32)[None]).save(photographs / "counts.tif")
+    Image.fromarray(np.arange(6, dtype=np.uint16)[None]).save(photographs / "12_bit.png")
+    bad |= {"counts.tif": "range is unknown", "12_bit.png": "nearly black"}
+    write(photographs / "damaged_exif.jpg", exif=damaged_exif())  # good, and of another size
     good = {path.stem for path in photographs.iterdir() if path.name not in bad}
     code = predict(photographs, "--batch-size", 4, out=tmp_path / "out", model=str(saved[0]))
     assert code == 1
@@ -98,3 +105,24 @@ def test_a_seed_gives_a_picture_the_same_depth_alone_and_among_others(tmp_path):
     depth = {out: np.load(tmp_path / out / "b.npy") for out in ("all", "alone", "other")}
     np.testing.assert_allclose(depth["all"], depth["alone"], atol=1e-5)
     assert np.abs(depth["alone"] - depth["other"]).max() > 1e-3
+
+
+def test_a_real_missing_model(tmp_path, capsys):
+    code = predict(write(tmp_path / "a.png"), out=tmp_path / "out", model=str(tmp_path / "none"))
+    assert code == 2
+    message = capsys.readouterr().err
+    assert str(tmp_path / "none") in message and "Traceback" not in message
+    assert not (tmp_path / "out").exists()
+
+
+def test_help_imports_nothing_heavy():
+    code = (
+        "import sys; from d3epth_jax import cli\n"
+        "try: cli.main(['predict', '--help'])\n"
+        "except SystemExit: assert not {'jax', 'numpy', 'PIL'} & set(sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "--processing-resolution" in done.stdout
+    told = "near is red, far is blue; gray: near is black, far is white"
+    assert told in " ".join(done.stdout.split())
