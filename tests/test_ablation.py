@@ -107,11 +107,13 @@ def test_equal_macs_mean_as_many_steps_as_the_whole_chain_pays_for():
     assert ablation.steps_of(arms, costs, "stage2_macs") == 67
 
 
-@pytest.mark.parametrize("word", [None, "tiny"])
+@pytest.mark.parametrize("word", [None, "tiny", "edges"])
 def test_config_holds_together(word):
     config = ablation_config.get_config(word)
     ablation.check(config)
-    assert set(config.order) == set(config.arms)
+    edges = {"scratch_ssi", "scratch_static", "scratch_dwa"}
+    assert set(config.order) == (edges if word == "edges" else set(config.arms) - edges)
+    assert {name for pair in config.comparisons for name in pair} <= set(config.order)
     seeds = {config.evaluations.scenes.eval.source.seed, config.arms.both.train.eval.source.seed}
     trained = {
         arm.train.data.source.seed + ablation.SEEDS_APART * (seed + 1)
@@ -162,14 +164,20 @@ def test_settings_that_make_no_sense_are_told_at_once():
         assert words in str(raised.value)
 
 
-def test_arms_differ_in_what_they_are_about():
+@pytest.mark.parametrize("begun", ["full", "scratch"])
+def test_arms_of_the_losses_differ_in_these_alone(begun):
     arms = ablation_config.get_config().arms
-    ssi, static, dwa = (arms[f"full_{name}"].train for name in ("ssi", "static", "dwa"))
+    ssi, static, dwa = (arms[f"{begun}_{name}"].train for name in ("ssi", "static", "dwa"))
+    assert bool(ssi.init) == (begun == "full")
     assert (ssi.loss.beta.edge, static.loss.beta.edge, dwa.loss.beta.edge) == (0, 0.5, 0.5)
     assert (static.weighting.name, dwa.weighting.name) == ("static", "dwa")
     for job in (static, dwa):  # everything else is the same
         job.loss.beta.edge, job.weighting.name = ssi.loss.beta.edge, ssi.weighting.name
         assert job.to_json_best_effort() == ssi.to_json_best_effort()
+
+
+def test_arms_differ_in_what_they_are_about():
+    arms = ablation_config.get_config().arms
     # Stage 2 alone begins as stage 1 does.
     for part in ("model", "autoencoder"):
         assert arms.stage2.train[part] == arms.stage1.train[part]
