@@ -59,8 +59,6 @@ COMPARISONS = (  # (arm, the one that it is held against)
     ("depth", "sqrt_disparity"),
     ("frozen_decoder", "both"),
 )
-
-
 EDGES = (
     ("scratch_static", "scratch_ssi"),
     ("scratch_dwa", "scratch_ssi"),
@@ -165,12 +163,19 @@ def full_arms(config: ConfigDict, tiny: bool) -> dict[str, ConfigDict]:
     }
 
 
+def from_scratch(
+    config: ConfigDict, tiny: bool, steps: str, edge: float, weighting: str
+) -> ConfigDict:
+    """The full model's training, with these pixel losses."""
+    job = train(config, nano.teacher(tiny), steps)
+    job.loss.beta.edge, job.weighting.name = edge, weighting
+    return job
+
+
 def edge_arms(config: ConfigDict, tiny: bool) -> dict[str, ConfigDict]:
     def scratch(edge: float, weighting: str) -> ConfigDict:
-        job = train(config, nano.teacher(tiny), "edges")
+        job = from_scratch(config, tiny, "edges", edge, weighting)
         job.schedule.warmup_steps = nano.teacher().schedule.warmup_steps
-        job.loss.beta.edge = edge
-        job.weighting.name = weighting
         return job
 
     edge = nano.teacher().loss.beta.edge
@@ -234,9 +239,7 @@ def single_arms(config: ConfigDict, tiny: bool) -> dict[str, ConfigDict]:
         return job
 
     def space(prediction_type: str) -> ConfigDict:
-        job = train(config, nano.teacher(tiny), "space")
-        job.loss.beta.edge = 0.0
-        job.weighting.name = "static"
+        job = from_scratch(config, tiny, "space", 0.0, "static")
         job.model.prediction_type = prediction_type
         return job
 

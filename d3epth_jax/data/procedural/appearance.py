@@ -80,6 +80,16 @@ def sky(light: Light, direction):
     return [lerp(cover, lerp(rise, light.sky[0, c], light.sky[1, c]), cloud) for c in range(3)]
 
 
+def sides(x, axis: int, reach: int = 1):
+    """The sum of the two neighbours `reach` away along an axis; the edge is repeated."""
+    edge = jnp.pad(x, [(reach, reach) if i == axis else (0, 0) for i in range(x.ndim)], "edge")
+    low, high = (
+        jax.lax.slice_in_dim(edge, start, start + x.shape[axis], axis=axis)
+        for start in (0, 2 * reach)
+    )
+    return low + high
+
+
 def develop(light: Light, radiance):
     """Camera: radiance, three [H, W], to uint8 [H, W, 3]: exposure, lens, tone curve, sensor."""
     target, soft, gamma, saturation, red, blue, vignette, blur, noise, veil = light.lens
@@ -96,12 +106,7 @@ def develop(light: Light, radiance):
     image = jnp.maximum(grey + saturation * (image - grey), 0.0)
     image = jnp.minimum(image, 4.0)
     for axis in (1, 2):  # blur in light, before the tone curve, as a lens does
-        edge = jnp.pad(image, [(0, 0)] + [(1, 1) if i == axis else (0, 0) for i in (1, 2)], "edge")
-        size = image.shape[axis]
-        sides = jax.lax.slice_in_dim(edge, 0, size, axis=axis) + jax.lax.slice_in_dim(
-            edge, 2, size + 2, axis=axis
-        )
-        image = (image + blur * sides) / (1 + 2 * blur)
+        image = (image + blur * sides(image, axis)) / (1 + 2 * blur)
     image = lerp(soft, jnp.minimum(image, 1.0), 1 - jnp.exp(-1.4 * image))
     image = veil + (1 - veil) * (image + 1e-5) ** (gamma / 2.2)
     grains = jnp.stack(

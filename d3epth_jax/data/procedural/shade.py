@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from d3epth_jax.data.procedural.appearance import sides
 from d3epth_jax.data.procedural.scenes import Scene
 from d3epth_jax.data.procedural.trace import Surface, apply_to_pixels, trace
 
@@ -22,11 +23,7 @@ def soften(lit, softness):
 
     def box(x, reach):
         for axis in (0, 1):
-            edge = jnp.pad(x, [(reach, reach) if i == axis else (0, 0) for i in (0, 1)], "edge")
-            size = x.shape[axis]
-            low = jax.lax.slice_in_dim(edge, 0, size, axis=axis)
-            high = jax.lax.slice_in_dim(edge, 2 * reach, 2 * reach + size, axis=axis)
-            x = (low + x + high) / 3
+            x = (x + sides(x, axis, reach)) / 3
         return x
 
     step = max(1, lit.shape[1] // 128)
