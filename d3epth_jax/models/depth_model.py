@@ -1,6 +1,7 @@
 """The static description of a depth model: three networks and what their numbers mean."""
 
 import dataclasses
+import functools
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 
@@ -95,14 +96,14 @@ def _autoencoder(config: AutoencoderConfig, **options) -> dict:
 
 def abstract_params(model: DepthModel) -> Params:
     """Shapes and types of the parameters {unet, encoder, decoder[, prompt]}, without arrays."""
-    prompt = jnp.zeros((1, 2, model.unet.cross_attention_dim))
-    sample = jnp.zeros((1, 8, 8, model.unet.in_channels))
+    sample = _array(1, 8, 8, model.unet.in_channels)
+    prompt = _array(1, 2, model.unet.cross_attention_dim)
     params = {
-        "unet": _abstract(model.modules["unet"], sample, model.timestep, prompt),
+        "unet": _abstract(UNet(model.unet, folding=model.folding), sample, _array(), prompt),
         **abstract_autoencoder(model.autoencoder, folding=model.folding),
     }
     if model.needs_prompt:
-        params["prompt"] = jax.ShapeDtypeStruct(prompt.shape, prompt.dtype)
+        params["prompt"] = prompt
     return params
 
 
@@ -110,12 +111,21 @@ def abstract_autoencoder(config: AutoencoderConfig, folding: Folding = NOT_FOLDE
     """The part {encoder, decoder} of `abstract_params`."""
     modules, side = _autoencoder(config, folding=folding), 8 * config.downsampling
     return {
-        "encoder": _abstract(modules["encoder"], jnp.zeros((1, side, side, 3))),
-        "decoder": _abstract(modules["decoder"], jnp.zeros((1, 8, 8, config.latent_channels))),
+        "encoder": _abstract(modules["encoder"], _array(1, side, side, 3)),
+        "decoder": _abstract(modules["decoder"], _array(1, 8, 8, config.latent_channels)),
     }
 
 
+def _array(*shape: int) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(shape, jnp.float32)
+
+
 def _abstract(module, *inputs) -> Params:
+    return jax.tree.map(lambda x: x, _traced(module, *inputs))  # a copy, for the caller to change
+
+
+@functools.lru_cache(maxsize=64)  # tracing the UNet of Stable Diffusion takes seconds
+def _traced(module, *inputs) -> Params:
     return jax.eval_shape(module.init, jax.random.key(0), *inputs)["params"]
 
 

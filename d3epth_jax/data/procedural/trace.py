@@ -121,12 +121,13 @@ def see(scene: Scene, direction, ragged) -> Surface:
     is_object = (nearest < jnp.iinfo(jnp.int32).max) & (near_t < shell_t)
     number = jnp.where(is_object, nearest & ((1 << _ID_BITS) - 1), count + face)
 
-    # One gather brings everything known about the surface to its pixels.
+    # Everything known about the surface is brought to its pixels, one number at a time: as one
+    # gather it takes three times as long on a CPU.
     matrix, origin = local_frames(scene, scene.eye)
     geometry = [matrix.reshape(-1, 9), origin, scene.quadric, scene.half]
     geometry = jnp.pad(jnp.concatenate(geometry, 1), ((0, 6), (0, 0)), constant_values=1.0)
     known = jnp.concatenate([geometry, scene.materials], 1).T  # [18 + M, P + 6]
-    known = jnp.take(known, number, axis=1)
+    known = jax.lax.map(lambda row: row.at[number].get(mode="promise_in_bounds"), known)
     material = dict(zip(COLUMNS, known[18:], strict=True))
 
     # The hit once more for the winner alone, with the bits that trace() gave up.
