@@ -71,9 +71,10 @@ def from_pil(picture: Image.Image) -> np.ndarray:
     65535 and rounded to 8 bits; 16-bit RGB is cut to its upper byte by Pillow. Damage in the EXIF
     is passed over. Raises ImageError for damaged or truncated data, and where the range of the
     values is unknown, which would give a black picture: float, 32-bit or signed integers, and
-    16-bit grey with values of 12 bits only.
+    16 bits of which only 12 are used.
     """
     whole_range = picture.format == "PPM"  # of mode I too: Pillow has scaled it to 16 bits
+    has_16_bits = any(";16" in str(tile) for tile in getattr(picture, "tile", ()))
     try:
         picture.load()
         turn = TURNS.get(_orientation(picture))
@@ -92,7 +93,19 @@ def from_pil(picture: Image.Image) -> np.ndarray:
     if picture.mode == "La":  # grey times its alpha, which Pillow only takes back to LA
         picture = picture.convert("LA")
     picture.info.pop("transparency", None)  # a copy's; Pillow would warn that it is lost
-    return np.array(picture.convert("RGB"))
+    rgb = np.array(picture.convert("RGB"))
+    if has_16_bits:
+        require_16_bits(256 * int(rgb.max(initial=0)) + 255)
+    return rgb
+
+
+def require_16_bits(highest: int) -> None:
+    """ImageError where the largest of 16-bit values says that they are of 12 bits or fewer."""
+    if 0 < highest < COUNTS_12_BITS:
+        raise ImageError(
+            f"16-bit picture that is nearly black: no value is above {highest} of 65535. "
+            "If it holds 12 bits or fewer, scale it to 0..65535 or save it with 8 bits"
+        )
 
 
 def _orientation(picture: Image.Image) -> int:
@@ -106,12 +119,7 @@ def _orientation(picture: Image.Image) -> int:
 
 def _grey_of_16_bits(values: np.ndarray) -> np.ndarray:
     """Counts 0..65535 [H, W] as uint8 [H, W, 3]. All black is black whatever the range."""
-    highest = values.max(initial=0)
-    if 0 < highest < COUNTS_12_BITS:
-        raise ImageError(
-            f"16-bit grey picture that is nearly black: its largest value is {highest} of 65535. "
-            "If it holds 12 bits or fewer, scale it to 0..65535 or save it with 8 bits"
-        )
+    require_16_bits(values.max(initial=0))
     grey = np.rint(values * (255 / 65535)).astype(np.uint8)
     return np.repeat(grey[..., None], 3, axis=-1)
 

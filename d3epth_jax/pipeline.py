@@ -22,6 +22,8 @@ from d3epth_jax.weights.prompt import PromptEncoder
 
 log = logging.getLogger(__name__)
 
+SQUEEZED = (0.49, 2.55)  # as nano in training: from 2:3 to 10:3 to 4:3, and a little more
+
 
 @dataclasses.dataclass(frozen=True)
 class DepthOutput:
@@ -173,7 +175,7 @@ class DepthPipeline:
         pictures = _as_list(images)
         size = pictures[0].shape[:2]
         inner = image_lib.processing_size(*size, resolution, self.model.processing_aspect)
-        self._tell_of_other_shapes(inner)
+        self._tell_of_other_shapes(size, inner)
         cells = tuple(-(-side // self.model.downsample) for side in inner)
         shape = len(pictures), ensemble_size, *cells, self.model.autoencoder.latent_channels
         initial = self._initial_latents(shape, latents, key)
@@ -293,13 +295,21 @@ class DepthPipeline:
             )
             _tell(self.model, logging.WARNING, notice)
 
-    def _tell_of_other_shapes(self, size: tuple[int, int]) -> None:
-        """Logs it where a model of one shape of pictures is to see another one, once per model."""
+    def _tell_of_other_shapes(self, size: tuple[int, int], inner: tuple[int, int]) -> None:
+        """Logs it, once per model, where a model of one shape is to see another, or hardly its own.
+
+        size: of the pictures (height, width); inner: of what the networks see.
+        """
         aspect, longest = self.model.processing_aspect, self.model.processing_resolution
-        if None in (aspect, longest) or size == image_lib.processing_size(*size, longest, aspect):
+        if None in (aspect, longest):
             return
+        height, width = size
         notice = f"the model was trained on pictures squeezed to {aspect:.3g}:1, {longest} long"
-        _tell(self.model, logging.WARNING, f"{notice}: it is given others")
+        if inner != image_lib.processing_size(*inner, longest, aspect):
+            _tell(self.model, logging.WARNING, f"{notice}: it is given others")
+        elif not SQUEEZED[0] <= width / height / aspect <= SQUEEZED[1]:
+            notice += ", and others are squeezed to that: expect less of the map where a picture is"
+            _tell(self.model, logging.WARNING, f"{notice} very narrow or wide, or cut it")
 
     def networks(self, num_inference_steps: int, latents=None) -> tuple[DepthModel, Params]:
         """What a call with these arguments computes with: the model, and parameters on the devices.
@@ -425,6 +435,7 @@ def _as_picture(given) -> np.ndarray:
     if array.dtype == np.uint8:
         return array
     if array.dtype == np.uint16:
+        image_lib.require_16_bits(array.max())
         return array.astype(np.float32) / 65535
     if array.dtype.kind != "f":
         raise ValueError(f"uint8, uint16, or float in [0,1] is expected, not {array.dtype}")

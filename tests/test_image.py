@@ -1,9 +1,11 @@
 import io
 import os
 import struct
+import zlib
 
 import numpy as np
 import pytest
+import tifffile
 import torch
 import torch.nn.functional as F
 from diffusers.pipelines.marigold.marigold_image_processing import MarigoldImageProcessor
@@ -261,12 +263,48 @@ def test_12_bits_in_16_are_refused_and_not_read_as_black(tmp_path, suffix):
     path = tmp_path / f"a.{suffix}"
     for highest in (1, 255, 4095):
         Image.fromarray(np.array([[0, highest]], np.uint16)).save(path)
-        message = rf"a\.{suffix}: 16-bit grey picture that is nearly black: .* {highest} of 65535"
+        message = rf"a\.{suffix}: 16-bit picture that is nearly black: .* {highest} of 65535"
         with pytest.raises(image.ImageError, match=message):
             image.load(path)
     for highest in (0, 4096):  # all black is so by any range
         Image.fromarray(np.array([[0, highest]], np.uint16)).save(path)
         np.testing.assert_array_equal(image.load(path)[0, :, 0], [0, round(highest / 257)])
+
+
+def write_16_bits(path, pixels):
+    """Colours as 16-bit PNG or TIFF, which Pillow does not write."""
+    if path.suffix == ".tif":
+        tifffile.imwrite(path, pixels, photometric="rgb")
+        return
+    height, width = pixels.shape[:2]
+    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in pixels)
+    header = struct.pack(">IIBBBBB", width, height, 16, 2, 0, 0, 0)
+    chunks = ((b"IHDR", header), (b"IDAT", zlib.compress(rows)), (b"IEND", b""))
+    path.write_bytes(
+        b"\x89PNG\r\n\x1a\n"
+        + b"".join(
+            struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+            for kind, data in chunks
+        )
+    )
+
+
+@pytest.mark.parametrize("suffix", ["png", "tif"])
+def test_12_bits_of_colours_in_16_are_refused_too(tmp_path, suffix):
+    path = tmp_path / f"a.{suffix}"
+    for highest in (255, 1023, 4095):
+        write_16_bits(path, np.array([[[0, 0, 0], [5, highest, 7]]], np.uint16))
+        with pytest.raises(
+            image.ImageError, match=rf"a\.{suffix}: 16-bit picture that is nearly bl"
+        ):
+            image.load(path)
+    write_16_bits(path, np.array([[[0, 0, 0], [257, 65535, 514]]], np.uint16))
+    np.testing.assert_array_equal(image.load(path), [[[0, 0, 0], [1, 255, 2]]])
+
+
+def test_a_dark_picture_of_8_bits_is_taken(tmp_path):
+    Image.fromarray(np.full((2, 2, 3), 3, np.uint8)).save(tmp_path / "a.png")
+    assert (image.load(tmp_path / "a.png") == 3).all()
 
 
 def test_the_range_that_a_pgm_tells_is_used(tmp_path):

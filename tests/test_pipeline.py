@@ -110,12 +110,17 @@ def test_a_model_of_one_shape_says_when_it_sees_another(caplog):
     pipe = d3epth_jax.DepthPipeline(model, init_params(model, 0))
     with caplog.at_level(logging.WARNING):
         pipe(scenes(1, height=24, width=80)["image"])  # stretched
+        pipe(scenes(1, height=80, width=60)["image"])  # squeezed by half
         pipe(scenes(1, height=32, width=48)["image"], processing_resolution=0)  # its own shape
         assert not caplog.records
         for _ in range(2):
             pipe(scenes(1, height=24, width=80)["image"], processing_resolution=0)
+            pipe(scenes(1, height=64, width=36)["image"])  # a telephone's
+    trained = "the model was trained on pictures squeezed to 1.5:1, 48 long"
     assert [record.message for record in caplog.records] == [
-        "the model was trained on pictures squeezed to 1.5:1, 48 long: it is given others"
+        f"{trained}: it is given others",
+        f"{trained}, and others are squeezed to that: expect less of the map where a picture is"
+        " very narrow or wide, or cut it",
     ]
 
 
@@ -125,6 +130,8 @@ def test_pictures_of_several_number_types_in_one_batch(saved):
     mixed = [a, b / 255, c.astype(np.uint16) * 257, a / 255]
     out = pipe(mixed, batch_size=4).prediction
     np.testing.assert_allclose(out, pipe([a, b, c, a], batch_size=4).prediction, atol=1e-5)
+    with pytest.raises(ValueError, match="number 1: 16-bit picture that is nearly black"):
+        pipe([a, c.astype(np.uint16) * 16])
 
 
 def test_a_picture_is_resized_once_however_short_the_last_batch(saved, monkeypatch):
