@@ -84,8 +84,11 @@ def bench(args: argparse.Namespace) -> int:
     todo = []
     for number, job in enumerate(jobs, 1):
         label = f"[{number}/{len(jobs)}] {name(job)}"
-        if any(_is_of(row, job) and _is_enough(row, job) for row in rows if "error" not in row):
-            bench_measure.say(f"{label} is there")
+        there = [row for row in rows if _is_of(row, job) and _is_enough(row, job)]
+        there = [row for row in there if "error" not in row]
+        if there:
+            code = there[-1].get("code", _code())
+            bench_measure.say(f"{label} is there" + (f", of {code}" if code != _code() else ""))
         elif job not in [other for _, other in todo]:
             todo.append((label, job))
     if rows:
@@ -99,13 +102,13 @@ def bench(args: argparse.Namespace) -> int:
                 for (label, job), ready in zip(wave, models, strict=True):
                     bench_measure.say(f"{label} ...")
                     now = bench_measure.measured(job, args, *ready) | _when()
+                    rows = _in_order(_replaced(rows, job, now), jobs)
+                    _save(args, rows)
                     if "error" in now and ready:  # alone it may find the memory
                         bench_measure.say("    it is measured alone, after the others")
                         waves.append([(label, job)])
-                        continue
-                    failed |= "error" in now
-                    rows = _in_order(_replaced(rows, job, now), jobs)
-                    _save(args, rows)
+                    else:
+                        failed |= "error" in now
     except KeyboardInterrupt:
         if rows:
             _show(args, rows)
@@ -168,15 +171,20 @@ def _is_of(row: dict, job: dict) -> bool:
 
 
 def _replaced(rows: list[dict], job: dict, now: dict) -> list[dict]:
-    """The rows with one more, which takes the place of those that are not worth more."""
-    return [*(r for r in rows if not _is_of(r, job) or _worth(r) > _worth(now)), now]
+    """The rows with one more, which takes the place of those that say no more than it does."""
+
+    def covered(row: dict) -> bool:
+        pairs = zip(_extent(row), _extent(now), strict=True)
+        return _is_of(row, job) and all(old <= new for old, new in pairs)
+
+    return [*(row for row in rows if not covered(row)), now]
 
 
-def _worth(row: dict) -> int:
-    """0: an error alone, 1: an error after something was measured, 2: no error."""
-    if "error" not in row:
-        return 2
-    return int(any(key in row for key in ("seconds", "results", "pieces")))
+def _extent(row: dict) -> tuple[int, int, int]:
+    """How much a row says: whether it holds a measurement, and all of it; variants; runs."""
+    if not any(key in row for key in ("seconds", "results", "pieces")):
+        return 0, 0, 0
+    return 1 + ("error" not in row), len(row.get("compare", {})), row.get("runs", 0)
 
 
 def _in_order(rows: list[dict], jobs: list[dict]) -> list[dict]:

@@ -144,19 +144,20 @@ def _predict(job: dict, args: argparse.Namespace, ready: Ready | None = None) ->
         row["seconds"] = [ours.ask("run")["seconds"] for _ in range(args.runs)]
         if "memory" not in row:
             row["memory"] = ours.ask("memory")
-        row["matmul"] = ours.ask("matmul", dtype=job["dtype"])["flops"]
-        row["parts"] = {}
-        for part in row["macs"]:
-            ours.ask("part", part=part)  # it has waited, or compiles now
-            times = [ours.ask("part", part=part)["seconds"] for _ in range(args.runs)]
-            row["parts"][part] = times
-        if job["compared"]:
-            theirs = _worker(stack, "compare_diffusers", {})
-            try:
+        row["parts"], asked = {}, "parts"
+        try:
+            row["matmul"] = ours.ask("matmul", dtype=job["dtype"])["flops"]
+            for part in row["macs"]:
+                ours.ask("part", part=part)  # it has waited, or compiles now
+                times = [ours.ask("part", part=part)["seconds"] for _ in range(args.runs)]
+                row["parts"][part] = times
+            if job["compared"]:
+                asked = "diffusers"
+                theirs = _worker(stack, "compare_diffusers", {})
                 _compare(job, args, ours, theirs, folder, saved, row)
-            except WorkerError as error:  # ours has been measured
-                say(f"    diffusers failed: {error}")
-                row["error"] = f"diffusers: {error}"
+        except WorkerError as error:  # the whole has been measured
+            say(f"    {asked} failed: {error}")
+            row["error"] = f"{asked}: {error}"
     return row
 
 

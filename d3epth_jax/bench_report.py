@@ -32,8 +32,9 @@ NOTES = {
 def document(machine: dict, rows: list[dict]) -> str:
     """bench.md: which calls measured where, and what."""
     devices = sorted({row["device"] for row in rows if "device" in row})
-    calls = {row["command"]: row["date"] for row in rows if "command" in row}  # its last
-    lines = [f"{date}: `{command}`" for command, date in calls.items()]
+    calls = [row for row in rows if "command" in row]
+    calls = {(row["command"], row.get("code", "")): row["date"] for row in calls}  # the last
+    lines = [f"{date}: `{command}` {code}".rstrip() for (command, code), date in calls.items()]
     lines.append(f"{machine['cpu']}, {machine['cores']} cores; device: {', '.join(devices)}")
     return "\n\n".join([*lines, markdown(rows)])
 
@@ -105,14 +106,18 @@ PIECES = ("piece", "model", "size", "params M", "after", "GMACs", "after", "save
 def _prediction(row: dict) -> list[str]:
     seconds = statistics.median(row["seconds"])
     macs = [row["macs"][part] / row["batch"] / 1e9 for part in PARTS]
-    parts = [f"{1e3 * statistics.median(row['parts'][part]):.1f}" for part in PARTS]
+    parts = [
+        f"{1e3 * statistics.median(times):.1f}" if times else "-"
+        for times in (row["parts"].get(part) for part in PARTS)
+    ]
+    flops = 2 * sum(row["macs"].values()) / seconds
     return [
         row["model"], _size(row), str(row["batch"]), row["dtype"], "yes" if row["fold"] else "no",
         f"{sum(row['params'].values()) / 1e6:.2f}",
         *(_giga(x) for x in (*macs, sum(macs))),
         f"{row['first_s']:.1f}" if "first_s" in row else "-", f"{1e3 * seconds:.1f}", *parts,
         f"{row['batch'] / seconds:.3g}",
-        f"{100 * 2 * sum(row['macs'].values()) / seconds / row['matmul']:.1f}",
+        f"{100 * flops / row['matmul']:.1f}" if row["matmul"] else "-",
         _gib(row["memory"]),
     ]  # fmt: skip
 

@@ -159,14 +159,13 @@ def recipe(stage: str, model: str, size: tuple[int, int], dtype: str, remat: boo
         task_weights = weighting.dwa(len(tasks))
     else:
         beta, tasks = {"gt": 1.0, "out": 1.0}, ()
-        beta |= ({"feat": 0.1} if of_teacher else {}) | ({"enc": 1.0} if own_encoder else {})
+        beta |= {"feat": 0.1} | ({"enc": 1.0} if own_encoder else {})
         loss_fn = latent.make_loss(
             student, teacher, terms=tuple(beta), share_encoder=not own_encoder, cached=True
         )
         trains = ["unet", "encoder"] if own_encoder else ["unet"]
         macs_each = macs.of_training({part: forward[part] for part in trains}, trains)
-        if of_teacher:
-            macs_each += _forward(teacher, of_teacher, size)["unet"]
+        macs_each += _forward(teacher, of_teacher, size)["unet"]
         task_weights = weighting.static(0)
     make_batch = _pairs
     if stage == "stage1":
@@ -220,16 +219,10 @@ def is_out_of_memory(error: Exception) -> bool:
 
 
 def _teacher(student: DepthModel, name: str, size) -> tuple[DepthModel, Params, Params]:
-    """(teacher, its UNet's parameters, adapters of features) for stage 1 from a cache.
-
-    Without parameters and adapters where the UNets' features cannot be paired.
-    """
+    """(teacher, its UNet's parameters, adapters of features) for stage 1 from a cache."""
     teacher, params = read(teacher_of(name), student.dtype)
     teacher, params = fold.fold(teacher, params)
-    try:
-        adapters = latent.init_adapters(student, teacher, jax.random.key(0), *size)
-    except ValueError:
-        return teacher, {}, {}
+    adapters = latent.init_adapters(student, teacher, jax.random.key(0), *size)
     needed = {part: params[part] for part in ("unet", "prompt") if part in params}
     return teacher, fold.cast_kernels(teacher, needed), adapters
 

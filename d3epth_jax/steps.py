@@ -1,6 +1,5 @@
 """The train step: the one place that forms sum_k beta_k w_k L_k (METHOD 3, 5)."""
 
-import functools
 from collections.abc import Callable, Mapping
 
 import jax
@@ -62,7 +61,8 @@ def make_train_step(
             known = counts
         if known is not None:
             total = sum(coefficients[name] * _mean(sums[name], known[name]) for name in losses)
-            return (total,), ((jnp.float32(1 / accumulate),), sums, counts)
+            divided = jnp.float32(1 / accumulate)  # already: summed over micro-batches it is 1
+            return (total,), ((divided,), sums, counts)
         groups = _groups(losses, weights)
         numerators = tuple(sum(coefficients[n] * sums[n] for n in group) for group in groups)
         return numerators, (tuple(counts[group[0]] for group in groups), sums, counts)
@@ -83,20 +83,21 @@ def make_train_step(
             # Strided, so that every micro-batch stays spread over all devices.
             return jnp.swapaxes(x.reshape(-1, accumulate, *x.shape[1:]), 0, 1)
 
-        micro = jax.tree.map(split, batch)
-
-        def summed(function):
-            """The sum of `function(part)` over the micro-batches."""
-            one = jax.eval_shape(function, jax.tree.map(lambda x: x[0], micro))
-            zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), one)
-            add = functools.partial(jax.tree.map, jnp.add)
-            return jax.lax.scan(lambda total, x: (add(total, function(x)), None), zeros, micro)[0]
-
         known = None
         if weights_from_data:
             # Of all this the compiler keeps what the counts need: masks, and no network.
-            known = summed(lambda part: totals(params, frozen, part, coefficients, None)[1][-1])
-        return summed(lambda part: gradients(params, frozen, part, coefficients, known))
+            known = totals(params, frozen, batch, coefficients, None)[1][-1]
+
+        def of_part(part):
+            return gradients(params, frozen, part, coefficients, known)
+
+        def add(total, part):
+            return jax.tree.map(jnp.add, total, of_part(part)), None
+
+        micro = jax.tree.map(split, batch)
+        one = jax.eval_shape(of_part, jax.tree.map(lambda x: x[0], micro))
+        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), one)
+        return jax.lax.scan(add, zeros, micro)[0]
 
     def train_step(state: TrainState, frozen, batch) -> tuple[TrainState, dict]:
         task_weights = dict(zip(tasks, weighting.weights(state.weighting), strict=True))

@@ -278,8 +278,15 @@ def test_resume_measures_again_what_has_fewer_runs_or_was_not_compared(measured,
     assert seen("--runs", "3") == [(3, False)]
     assert seen("--runs", "2") == [(3, False)]
     assert seen("--runs", "4") == [(4, False)]
+    times = {"pipeline": [1.0], **ROW["parts"]}
+    found = {"ours": times, "theirs": times, "memory": ROW["memory"]}
+    found |= {"difference": 0.0, "depth_std": 0.1}
+    measured["d3_fast"] = ROW | {"compare": {"eager": found}}
     assert seen("--runs", "4", "--compare", "diffusers") == [(4, True)]
     assert seen("--runs", "4") == [(4, True)]
+    measured["d3_fast"] = ROW  # more runs, which tell nothing of diffusers: both stay
+    assert seen("--runs", "5") == [(4, True), (5, False)]
+    assert seen("--runs", "5") == [(4, True), (5, False)]
 
 
 def test_an_error_does_not_take_the_place_of_what_was_measured(measured, tmp_path):

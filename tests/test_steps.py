@@ -133,9 +133,10 @@ def test_batch_without_any_valid_pixel_changes_nothing_but_moments():
     assert np.isfinite(metrics["loss"])
 
 
-def test_sharded_step_equals_the_single_device():
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_sharded_step_equals_the_single_device(accumulate):
     batch = scenes(4)
-    step, state, frozen = setup_pixel(tx=optax.sgd(0.1))
+    step, state, frozen = setup_pixel(tx=optax.sgd(0.1), accumulate=accumulate)
     expected, _ = step(state, frozen, batch)
     mesh = sharding.make_mesh(fsdp=2)
     assert mesh.size == 2
