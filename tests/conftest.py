@@ -3,11 +3,16 @@ import pathlib
 import sys
 
 # Before JAX starts: the tests run many small programs a few times, so compiling is what they wait
-# for, and most of that goes into optimising. Numbers that depend on it are compared with a tolerance.
-FLAGS = ["--xla_backend_optimization_level=0", "--xla_llvm_disable_expensive_passes=true"]
-if sys.version_info < (3, 12):  # there JAX is pinned; one that does not know a flag ends at once
-    FLAGS.append("--xla_cpu_use_fusion_emitters=false")
-os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *FLAGS]).strip()
+# for, and most of that is optimising. Numbers that depend on it are compared with a tolerance.
+os.environ["XLA_FLAGS"] = " ".join(
+    [
+        os.environ.get("XLA_FLAGS", ""),
+        "--xla_backend_optimization_level=0",
+        "--xla_llvm_disable_expensive_passes=true",
+        # On Python 3.11 JAX is pinned; a later one that does not know a flag ends at once.
+        *["--xla_cpu_use_fusion_emitters=false"] * (sys.version_info < (3, 12)),
+    ]
+).strip()
 
 import jax
 import numpy as np

@@ -11,7 +11,7 @@ import pytest
 from d3epth_jax.data import procedural
 from d3epth_jax.data.procedural import layouts, materials, objects, shade
 from d3epth_jax.data.procedural.render import render_scene
-from d3epth_jax.data.procedural.scenes import make_scene, rotation_y
+from d3epth_jax.data.procedural.scenes import SQUARE_PIXELS, TILTED, make_scene, rotation_y
 from d3epth_jax.data.procedural.trace import intersect, see
 
 HEIGHT, WIDTH = 24, 32
@@ -93,6 +93,23 @@ def test_pixels_need_not_be_square():
     squeezed = square._replace(tan_half_fov=jnp.array([1.0, 0.5]))
     seen = [np.isclose(pictured(scene)["depth"][..., 0], 7) for scene in (square, squeezed)]
     assert [(x.any(1).sum(), x.any(0).sum()) for x in seen] == [(10, 10), (20, 10)]
+
+
+def test_scenes_are_as_often_square_framed_and_tilted_as_is_said():
+    def drawn(index):
+        scene = make_scene(jax.random.fold_in(jax.random.key(5), index), (0.5, 2.5))
+        right = scene.axes[0]  # level but for the roll
+        return scene.tan_half_fov, scene.light.frame, right[1], scene.outdoor
+
+    fov, frame, rise, outdoor = map(np.asarray, jax.vmap(drawn)(jnp.arange(512)))
+    aspect = fov[:, 0] / fov[:, 1]
+    assert 0.5 <= aspect.min() < 0.55 and 2.3 < aspect.max() <= 2.5
+    assert np.mean(aspect == 1) == pytest.approx(SQUARE_PIXELS, abs=0.07)
+    framed = frame[:, :4].any(1)
+    assert np.mean(framed) == pytest.approx(0.12, abs=0.05)
+    assert frame[:, :4].max() < 0.05
+    tilted = np.abs(rise) > np.sin(np.radians(3.5))
+    assert 0.5 * TILTED < tilted[~outdoor].mean() < TILTED and not tilted[outdoor].any()
 
 
 def test_scenes_of_another_version_are_refused():

@@ -1,6 +1,6 @@
 """nano: the models that the package ships, trained from scratch on rendered scenes alone.
 
-    python -m d3epth_jax.main --config=configs/nano/train.py:long    # those shipped: on a GPU
+    python -m d3epth_jax.main --config=configs/nano/train.py:long    # on a GPU, as those shipped
     python -m d3epth_jax.main --config=configs/nano/train.py         # 50 minutes on 2 CPU cores
     python -m d3epth_jax.main --config=configs/nano/train.py:tiny    # seconds: does it run at all?
 

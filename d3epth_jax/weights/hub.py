@@ -410,7 +410,7 @@ def _model_card(model: DepthModel) -> str:
 library_name: d3epth_jax
 pipeline_tag: depth-estimation
 {base}---
-A monocular depth model written by [d3epth_jax](https://pypi.org/project/d3epth-jax). {origin}
+A monocular depth model written by `d3epth_jax`. {origin}
 
 ```python
 import d3epth_jax

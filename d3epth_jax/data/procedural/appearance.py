@@ -80,12 +80,12 @@ def sky(light: Light, direction):
     return [lerp(cover, lerp(rise, light.sky[0, c], light.sky[1, c]), cloud) for c in range(3)]
 
 
-def sides(x, axis: int, reach: int = 1):
-    """The sum of the two neighbours `reach` away along an axis; the edge is repeated."""
-    edge = jnp.pad(x, [(reach, reach) if i == axis else (0, 0) for i in range(x.ndim)], "edge")
+def sides(x, axis: int, reach=1, most: int = 1):
+    """The sum of the two neighbours `reach` <= `most` away along an axis; the edge is repeated."""
+    edge = jnp.pad(x, [(most, most) if i == axis else (0, 0) for i in range(x.ndim)], "edge")
     low, high = (
-        jax.lax.slice_in_dim(edge, start, start + x.shape[axis], axis=axis)
-        for start in (0, 2 * reach)
+        jax.lax.dynamic_slice_in_dim(edge, most + step, x.shape[axis], axis)
+        for step in (-reach, reach)
     )
     return low + high
 

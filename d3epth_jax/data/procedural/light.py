@@ -1,6 +1,6 @@
 """Light, air, sky and lens of a scene, drawn so that brightness says nothing about distance.
 
-Lamps stand anywhere, also at the camera; haze may be dark; the exposure is drawn.
+Lamps stand anywhere, also near the camera; haze may be dark; the exposure is drawn.
 """
 
 from typing import NamedTuple
@@ -37,7 +37,7 @@ def make_light(u, outdoor, centre, half, to_world) -> Light:
     azimuth, elevation = 2 * jnp.pi * u[1], jnp.radians(lerp(u[2], 10.0, 70.0))
     flat = jnp.cos(elevation)
     sun = 150.0 * jnp.stack([flat * jnp.sin(azimuth), jnp.sin(elevation), flat * jnp.cos(azimuth)])
-    # A lamp: anywhere in the upper room, sometimes at the camera (near things bright, far dark).
+    # A lamp: anywhere in the upper room, sometimes over the camera (near things bright, far dark).
     lamp = centre + half * jnp.stack([1.7 * u[3] - 0.85, lerp(u[4], 0.2, 0.93), 1.7 * u[5] - 0.85])
     lamp = jnp.sum(to_world * lamp, -1)
     flash = jnp.stack([0.3 * u[3] - 0.15, jnp.minimum(1.5 * half[1], 1.0 + u[4]), 0.1 * u[5]])

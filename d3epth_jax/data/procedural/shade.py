@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from d3epth_jax.data.procedural.appearance import sides
 from d3epth_jax.data.procedural.scenes import Scene
 from d3epth_jax.data.procedural.trace import Surface, apply_to_pixels, trace
 
@@ -21,18 +22,14 @@ def soften(lit, softness):
     """Light that reaches a surface [H, W], its edges as blurred as `softness` in [0, 1] says."""
 
     step = max(1, lit.shape[1] // 128)
-    margin = 3 * step
 
     def box(x, reach):
-        for axis, length in enumerate(lit.shape):
-            edge = jnp.pad(x, [(margin, margin) if i == axis else (0, 0) for i in (0, 1)], "edge")
-            starts = (margin - reach, margin + reach)
-            low, high = (jax.lax.dynamic_slice_in_dim(edge, s, length, axis) for s in starts)
-            x = (x + (low + high)) / 3
+        for axis in (0, 1):
+            x = (x + sides(x, axis, reach, most=3 * step)) / 3
         return x, x
 
     # A loop, so that what is lit is not found anew for every neighbour: a quarter of all time.
-    little, much = jax.lax.scan(box, lit, np.int32([step, margin]))[1]
+    little, much = jax.lax.scan(box, lit, np.int32([step, 3 * step]))[1]
     share = 2 * softness
     return jnp.where(
         share < 1, lit + share * (little - lit), little + (share - 1) * (much - little)
