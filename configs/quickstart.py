@@ -24,12 +24,12 @@ def stage1(tiny: bool = False) -> ConfigDict:
     config = nano.stage1(tiny)
     config.teacher.path = TEACHER
     config.train.save_start = True
-    return shorter(config, 600, tiny)
+    return shorter(config, 500, tiny)
 
 
 def stage2(tiny: bool = False) -> ConfigDict:
     """Also of configs/stage2.py:tiny."""
-    return shorter(nano.stage2(tiny), 400, tiny)
+    return shorter(nano.stage2(tiny), 350, tiny)
 
 
 def evaluation(tiny: bool = False) -> ConfigDict:
