@@ -81,14 +81,14 @@ def bench(args: argparse.Namespace) -> int:
     except ValueError as error:
         problems = [f"--resume: {error}"]
     jobs = plan(args, problems)
-    todo = []
+    todo, here = [], _code() if rows else ""
+    done = [row for row in rows if "error" not in row]
     for number, job in enumerate(jobs, 1):
         label = f"[{number}/{len(jobs)}] {name(job)}"
-        there = [row for row in rows if _is_of(row, job) and _is_enough(row, job)]
-        there = [row for row in there if "error" not in row]
+        there = [row for row in done if _is_of(row, job) and _is_enough(row, job)]
         if there:
-            code = there[-1].get("code", _code())
-            bench_measure.say(f"{label} is there" + (f", of {code}" if code != _code() else ""))
+            code = there[-1].get("code", here)
+            bench_measure.say(f"{label} is there" + (f", of {code}" if code != here else ""))
         elif job not in [other for _, other in todo]:
             todo.append((label, job))
     if rows:

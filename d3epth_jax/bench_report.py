@@ -32,8 +32,9 @@ NOTES = {
 def document(machine: dict, rows: list[dict]) -> str:
     """bench.md: which calls measured where, and what."""
     devices = sorted({row["device"] for row in rows if "device" in row})
-    calls = [row for row in rows if "command" in row]
-    calls = {(row["command"], row.get("code", "")): row["date"] for row in calls}  # the last
+    calls = {  # each with its last date
+        (row["command"], row.get("code", "")): row["date"] for row in rows if "command" in row
+    }
     lines = [f"{date}: `{command}` {code}".rstrip() for (command, code), date in calls.items()]
     lines.append(f"{machine['cpu']}, {machine['cores']} cores; device: {', '.join(devices)}")
     return "\n\n".join([*lines, markdown(rows)])

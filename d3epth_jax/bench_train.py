@@ -158,8 +158,8 @@ def recipe(stage: str, model: str, size: tuple[int, int], dtype: str, remat: boo
         macs_each = macs.of_training(forward, [p.split("/")[0] for p in patterns], ["decoder"])
         task_weights = weighting.dwa(len(tasks))
     else:
-        beta, tasks = {"gt": 1.0, "out": 1.0}, ()
-        beta |= {"feat": 0.1} | ({"enc": 1.0} if own_encoder else {})
+        beta, tasks = {"gt": 1.0, "out": 1.0, "feat": 0.1}, ()
+        beta |= {"enc": 1.0} if own_encoder else {}
         loss_fn = latent.make_loss(
             student, teacher, terms=tuple(beta), share_encoder=not own_encoder, cached=True
         )
