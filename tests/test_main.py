@@ -21,7 +21,9 @@ def run(*arguments: str, timeout: int = 120) -> subprocess.CompletedProcess:
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=timeout)
 
 
-@pytest.mark.parametrize("name", ["quickstart", "nano.train", "d2", "stage1", "stage2", "eval"])
+@pytest.mark.parametrize(
+    "name", ["quickstart", "nano.train", "nano.further", "d2", "stage1", "stage2", "eval"]
+)
 def test_every_config_has_a_default_and_a_tiny_form(name):
     module = __import__(f"configs.{name}", fromlist=["get_config"])
     for word in (None, "tiny"):

@@ -18,7 +18,7 @@ from configs import common
 
 HEIGHT, WIDTH = 96, 128
 LONG = {"teacher": (9600, 64), "stage1": (6000, 16), "stage2": (4800, 16)}  # steps, batch size
-PIXEL_ASPECTS = (0.5, 2.5)  # so that pictures from 2:3 to 10:3 may be stretched to that shape
+PIXEL_ASPECTS = (0.4, 2.5)  # so that pictures from 9:16 to 10:3 may be stretched to that shape
 
 
 def teacher(tiny: bool = False) -> ConfigDict:

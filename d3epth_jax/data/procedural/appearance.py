@@ -80,6 +80,12 @@ def sky(light: Light, direction):
     return [lerp(cover, lerp(rise, light.sky[0, c], light.sky[1, c]), cloud) for c in range(3)]
 
 
+def through_haze(light: Light, radiance, distance):
+    """What is left of radiance, three [H, W], after `distance` [H, W] metres of air."""
+    clear = jnp.exp(-light.haze_density * distance)
+    return [clear * r + (1 - clear) * haze for r, haze in zip(radiance, light.haze, strict=True)]
+
+
 def sides(x, axis: int, reach=1, most: int = 1):
     """The sum of the two neighbours `reach` <= `most` away along an axis; the edge is repeated."""
     edge = jnp.pad(x, [(most, most) if i == axis else (0, 0) for i in range(x.ndim)], "edge")

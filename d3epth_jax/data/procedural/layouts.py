@@ -34,7 +34,7 @@ class Slot(NamedTuple):
 
 class Layout(NamedTuple):
     weight: float
-    fov: Range  # horizontal
+    fov: Range  # along the longer side of the picture
     height: Range  # of the camera
     pitch: Range
     yaw: Range
@@ -151,7 +151,7 @@ _WALLS = ((0.5, 4.5), (0.5, 4.5), (2.0, 9.0), (0.5, 3.0), (2.2, 3.6))
 _NARROW = ((0.5, 2.0), (0.5, 2.0), (5.0, 12.0), (1.0, 2.0), (2.2, 3.5))
 _OUT = (2.5, True)
 
-# Share, horizontal field of view, height, pitch, yaw, the five distances, slots.
+# Share, field of view along the longer side, height, pitch, yaw, the five distances, slots.
 LAYOUTS = {
     "room": Layout(0.24, (45, 85), (1.0, 1.7), (-28, 6), (-50, 50), *_WALLS, _room),
     "room_from_above": Layout(0.07, (45, 85), (1.7, 3.2), (-60, -22), (-50, 50), *_WALLS, _room),

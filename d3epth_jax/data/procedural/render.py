@@ -34,13 +34,9 @@ def render_scene(scene: Scene, height: int, width: int):
     blend = appearance.texture(surface.material, *surface.uv, footprint, texture_seed)
     radiance = shade(scene, surface, blend, direction, ray)
 
-    clear = jnp.exp(-light.haze_density * surface.depth * ray)
-    radiance = [
-        jnp.where(surface.is_sky, sky, clear * near + (1 - clear) * haze)
-        for sky, near, haze in zip(
-            appearance.sky(light, direction), radiance, light.haze, strict=True
-        )
-    ]
+    radiance = appearance.through_haze(light, radiance, surface.depth * ray)
+    sky = appearance.sky(light, direction)
+    radiance = [jnp.where(surface.is_sky, s, r) for s, r in zip(sky, radiance, strict=True)]
     image, pictured = appearance.framed(light, appearance.develop(light, radiance))
     mask = ~surface.is_sky & (surface.depth < MAX_DEPTH) & pictured
     return {
@@ -72,8 +68,10 @@ def render(
     which is fastest while it stays within its cache, and many elsewhere.
     """
 
+    keys = jax.random.key(seed)
+
     def scene(index):
-        return make_scene(jax.random.fold_in(jax.random.key(seed), index), pixel_aspects)
+        return make_scene(jax.random.fold_in(keys, index), pixel_aspects, height / width)
 
     scenes = jax.vmap(scene)(indices)
     batch = indices.shape[0]

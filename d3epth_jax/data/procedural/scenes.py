@@ -26,7 +26,7 @@ class Scene(NamedTuple):
 
     eye: Float[Array, "3"]
     axes: Float[Array, "3 3"]  # rows: right, up and forward of the camera
-    tan_half_fov: Float[Array, "2"]  # horizontal, and vertical as if pictures were square
+    tan_half_fov: Float[Array, "2"]  # across the width, and across as many pixels downwards
     outdoor: Bool[Array, ""]
     centre: Float[Array, "P 3"]
     rotation: Float[Array, "P 3 3"]  # rows: the primitive's axes
@@ -109,10 +109,13 @@ def _place(u, table, thing, extent, half_fov, yaw, walls, ceiling, top):
     return jnp.stack([plan[:, 0], y, plan[:, 1]], -1), turn
 
 
-def make_scene(key, pixel_aspects: tuple[float, float] = (1.0, 1.0)) -> Scene:
+def make_scene(
+    key, pixel_aspects: tuple[float, float] = (1.0, 1.0), slenderness: float = 0.75
+) -> Scene:
     """The scene of one key: a pure function, no pixels involved.
 
-    pixel_aspects: width over height of a pixel, log-uniform between the two.
+    pixel_aspects: width over height of a pixel, log-uniform between the two; slenderness: height
+    over width of the picture, counted in pixels.
     """
     table = {k: jnp.asarray(v) for k, v in layouts.tables().items()}
     parts = {k: jnp.asarray(v) for k, v in objects.tables().items()}
@@ -135,8 +138,9 @@ def make_scene(key, pixel_aspects: tuple[float, float] = (1.0, 1.0)) -> Scene:
     narrowest, widest = pixel_aspects
     aspect = narrowest * (widest / narrowest) ** u[12]
     aspect = jnp.where(u[11] < SQUARE_PIXELS, 1.0, aspect)
-    # The narrower side loses: the layouts' field of view is the largest.
-    squeeze = jnp.minimum(jnp.stack([aspect, 1 / aspect]), 1.0)
+    # The longer side of the picture, upright or not, has the layout's field of view.
+    across = jnp.minimum(1.0, aspect / slenderness)
+    tan_half_fov = jnp.tan(fov / 2) * jnp.stack([across, across / aspect])
     height, *walls, ceiling = lengths
     height = jnp.minimum(height, ceiling - 0.25)
     eye = jnp.stack([jnp.zeros_like(height), height, jnp.zeros_like(height)])
@@ -151,7 +155,15 @@ def make_scene(key, pixel_aspects: tuple[float, float] = (1.0, 1.0)) -> Scene:
     scale = scale[:, None] * (1 + stretch[:, None] * (2 * u[:, 2:5] - 1))  # [G, 3]
     extent = part["extent"] * scale
     position, turn = _place(
-        u[:, 5:10], table, thing, extent, fov / 2, yaw, walls, ceiling, part["top"][0] * scale[0, 1]
+        u[:, 5:10],
+        table,
+        thing,
+        extent,
+        jnp.arctan(tan_half_fov[0]),
+        yaw,
+        walls,
+        ceiling,
+        part["top"][0] * scale[0, 1],
     )
 
     # Parts, in the object's own axes: centre c, rotation own axes -> object.
@@ -201,7 +213,7 @@ def make_scene(key, pixel_aspects: tuple[float, float] = (1.0, 1.0)) -> Scene:
     return Scene(
         eye=eye,
         axes=axes,
-        tan_half_fov=jnp.tan(fov / 2) * squeeze,
+        tan_half_fov=tan_half_fov,
         outdoor=outdoor,
         centre=centre,
         rotation=rotation,

@@ -1,0 +1,45 @@
+"""The shipped student goes on in pixel space, with scenes that it has not seen.
+
+    python -m d3epth_jax.main --config=configs/nano/further.py         # an hour on 2 CPU cores
+    python -m d3epth_jax.main --config=configs/nano/further.py:tiny    # seconds: does it run?
+
+It is how scenes of a newer version reach the student without training all anew (train.py:long).
+`--config.stage2.init` names another student to begin with, `--config.stage2.data.source.seed` other
+scenes.
+"""
+
+from ml_collections import ConfigDict
+
+from configs import common
+from configs.nano import train as nano
+
+
+def stage2(tiny: bool = False) -> ConfigDict:
+    config = nano.stage2(tiny)
+    config.init = "nano"
+    config.data.source.seed = 7101
+    if not tiny:
+        config.train.steps = 7500
+        config.schedule.warmup_steps = 100
+    return config
+
+
+def evaluation(tiny: bool = False) -> ConfigDict:
+    models = {
+        "D2-nano, the teacher": "nano-teacher",
+        "D3-nano before": "nano",
+        "D3-nano": "{workdir}/stage2/model",
+    }
+    return nano.show(nano.evaluation(tiny), models)
+
+
+def get_config(argument: str | None = None) -> ConfigDict:
+    tiny = common.word(argument, "tiny") == "tiny"
+    config = ConfigDict()
+    config.workdir = "runs/nano_further_tiny" if tiny else "runs/nano_further"
+    config.cpu_devices = 2
+    config.jobs = ("stage2", "evaluation")
+    config.stage2 = stage2(tiny)
+    config.evaluation = evaluation(tiny)
+    config.evaluation.models["D3-nano before"] = config.stage2.get_oneway_ref("init")
+    return config
