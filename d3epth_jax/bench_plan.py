@@ -96,15 +96,20 @@ def plan(args: argparse.Namespace, problems: Sequence[str] = ()) -> list[dict]:
     def training(stage: str) -> list[dict]:
         one = known[:1] if stage == "stage2" else known[-1:]
         one = [TRAINED[stage]] if TRAINED[stage] in known else one
-        both = args.all and stage == "stage2" and not args.no_remat
+        ways = [(not args.no_remat, args.micro)]  # rematerialised, pictures at a time
+        if args.all and stage == "stage2" and not args.no_remat:
+            ways += [(False, args.micro)]
+            # As the configs do it, whether or not all fit at once.
+            fourth = [n for n in range(1, args.train_batch // 4 + 1) if args.train_batch % n == 0]
+            ways += [(False, fourth[-1])] if fourth and not args.micro else []
         return [
             {
                 **{"what": stage, "model": model, "size": sizes["train_size"]},
                 **{"batch": args.train_batch, "dtype": args.dtype, "runs": args.runs},
-                **{"remat": remat, "micro": args.micro},
+                **{"remat": remat, "micro": micro},
             }
             for model in (one if args.all else known)
-            for remat in ((True, False) if both else (not args.no_remat,))
+            for remat, micro in ways
             if stage in what
         ]
 

@@ -163,6 +163,23 @@ def test_the_fused_kernel_is_chosen_where_it_can_be(
     assert seen == (["cudnn"] if fused else [])
 
 
+@pytest.mark.skipif(jax.default_backend() != "gpu", reason="cuDNN needs an NVIDIA GPU")
+def test_the_fused_kernel_gives_the_same_numbers_and_gradients():
+    rng = np.random.default_rng(0)
+    q, k, v = (jnp.asarray(rng.normal(size=(2, 200, 5, 64)), jnp.bfloat16) for _ in range(3))
+
+    def both(implementation):
+        def total(q, k, v):
+            out = attention(q, k, v, implementation=implementation)
+            return jnp.sum(out.astype(jnp.float32) ** 2), out
+
+        slopes, out = jax.jit(jax.grad(total, (0, 1, 2), has_aux=True))(q, k, v)
+        return [np.asarray(x, np.float32) for x in (out, *slopes)]
+
+    for ours, fused in zip(both("chunked"), both("cudnn"), strict=True):
+        assert np.abs(fused - ours).max() < 0.02 * np.abs(ours).max()  # bfloat16 has 8 bits
+
+
 def test_unknown_implementations_are_refused():
     with pytest.raises(ValueError, match="choose chunked or cudnn"):
         attention(*arrays(), implementation="flash")

@@ -224,15 +224,15 @@ def test_all_is_everything_an_accelerator_is_to_show(measured, tmp_path, monkeyp
     monkeypatch.chdir(tmp_path)
     assert cli.main(["bench", "--all"]) == 0
     jobs = json.loads((tmp_path / "bench/bench.json").read_text())["rows"]
-    first = [(job["what"], job["model"], job.get("fold")) for job in jobs[:5]]
+    first = [(job["what"], job["model"], job.get("fold")) for job in jobs[:6]]
     assert first == [
         ("predict", "d2_base", True),
         ("predict", "d2_base", True),
-        ("stage2", "d2_base", None),
-        ("stage2", "d2_base", None),
+        *[("stage2", "d2_base", None)] * 3,
         ("stage1", "d3_light_small", None),
     ]
-    assert [job["remat"] for job in jobs if job["what"] == "stage2"] == [True, False]
+    ways = [(job["remat"], job["micro"]) for job in jobs if job["what"] == "stage2"]
+    assert ways == [(True, 0), (False, 0), (False, 8)]  # the last as configs/d2.py does it
     assert not jobs[-2]["fold"]
     predicted = [job for job in jobs if job["what"] == "predict"]
     assert len(predicted) == len(presets.PRESETS) * 2 * 2
@@ -241,7 +241,7 @@ def test_all_is_everything_an_accelerator_is_to_show(measured, tmp_path, monkeyp
     assert compared == [("d2_base", 1), ("d2_base", 8)]
     rest = [(job["what"], job["model"], job["size"]) for job in jobs if job["what"] != "predict"]
     assert rest == [
-        *[("stage2", "d2_base", [480, 640])] * 2,
+        *[("stage2", "d2_base", [480, 640])] * 3,
         ("stage1", "d3_light_small", [480, 640]),
         ("pieces", "d2_base", [576, 768]),
     ]

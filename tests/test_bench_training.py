@@ -261,20 +261,18 @@ def test_a_matrix_product_that_was_slowed_down_flatters_nothing():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("ahead", [1, 8])
-def test_all_of_it_in_small_with_processes_of_its_own(ahead, tmp_path):
-    arguments = ["bench", "d3_nano", "--all", "--size", "32x48", "--train-size", "32x48"]
-    arguments += ["--train-batch", "2", "--batch", "1", "--dtype", "float32", "--runs", "1"]
+def test_all_of_it_in_small_with_processes_of_its_own(ahead, saved, tmp_path):
+    arguments = ["bench", str(saved[0]), "d3_nano", "--all"]
+    arguments += ["--size", "32x48", "--train-size", "32x48"]
+    arguments += ["--train-batch", "4", "--batch", "1", "--dtype", "float32", "--runs", "1"]
     arguments += ["--ahead", str(ahead)]
     assert cli.main([*arguments, "--out", str(tmp_path)]) == 0
     rows = json.loads((tmp_path / "bench.json").read_text())["rows"]
     assert not [row["error"] for row in rows if "error" in row]
-    assert [row["what"] for row in rows] == [
-        "predict",
-        *["stage2"] * 2,
-        "stage1",
-        "predict",
-        "pieces",
-    ]
+    whats = ["predict", *["stage2"] * 3, "stage1", *["predict"] * 3, "pieces"]
+    assert [row["what"] for row in rows] == whats
+    assert {"eager", "channels_last"} <= set(rows[0]["compare"])
+    assert [row["results"][-1]["accumulate"] for row in rows[1:4]] == [1, 1, 4]
     text = (tmp_path / "bench.md").read_text()
     for title in ("### Prediction", "### Training", "### Folding"):
         assert title in text

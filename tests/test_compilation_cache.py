@@ -81,7 +81,7 @@ pathlib.Path.home = home
 def test_first_prediction_of_the_smallest_preset(tmp_path):
     """From a cold process: under 15 s, and under 5 s with the cache warm.
 
-    Processor time, of all threads: on an idle machine no less than what the clock shows.
+    Processor time, of all threads: on an idle machine about what the clock shows.
     """
     model = DepthModel(*presets.get("d3_nano"), presets.SINGLE_STEP, processing_resolution=128)
     hub.save_model(tmp_path / "model", model, init_params(model, 0), None)
