@@ -126,6 +126,29 @@ def test_the_longer_side_of_a_picture_has_the_layouts_field_of_view(slenderness)
     assert 40 < np.degrees(2 * np.arctan(wide)).min() < np.degrees(2 * np.arctan(wide)).max() < 90
 
 
+def test_things_stand_within_an_upright_picture_as_often_as_within_a_wide_one():
+    def share(aspect):
+        def within(index):
+            scene = make_scene(jax.random.key(index), (aspect, aspect))
+            x, _, z = jnp.moveaxis((scene.centre - scene.eye) @ scene.axes.T, -1, 0)
+            there = scene.centre[:, 1] > -100  # not put out of the way
+            inside = there & (z > 0) & (jnp.abs(x) < scene.tan_half_fov[0] * z)
+            return jnp.sum(inside) / jnp.sum(there), scene.outdoor
+
+        share, outdoor = jax.vmap(within)(jnp.arange(256))
+        return np.mean(share[outdoor])
+
+    assert share(0.42) > 0.85 * share(1.0)  # 0.90; 0.80 if they were placed for a wide one
+
+
+def test_an_upright_picture_is_of_the_scene_of_its_shape():
+    out = small(3, np.arange(2), height=WIDTH, width=HEIGHT)
+    key = jax.random.fold_in(jax.random.key(3), 1)
+    scene = make_scene(key, slenderness=WIDTH / HEIGHT)
+    expected = jax.jit(functools.partial(render_scene, height=WIDTH, width=HEIGHT))(scene)
+    assert_same_up_to_rounding({k: v[1] for k, v in out.items()}, jax.device_get(expected))
+
+
 def test_scenes_of_another_version_are_refused():
     with pytest.raises(ValueError, match="version 0 are asked for"):
         procedural.ProceduralSource(0, 8, 8, 1, version=0)

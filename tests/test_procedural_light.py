@@ -155,6 +155,7 @@ def test_each_property_of_a_lens_does_what_its_name_says():
     assert developed(colours, red=0.9)[0, 0, 0] < plain[0, 0, 0]
     assert developed(colours, blue=1.1)[0, 0, 2] > plain[0, 0, 2]
     assert developed(0 * colours, veil=0.1).min() > developed(0 * colours).max()
+    assert developed(colours, gamma=1.2)[0, 0, 1] < plain[0, 0, 1]
     dark = developed(colours, vignette=0.6)
     assert dark[0, 0, 1] < dark[12, 16, 1] <= plain[12, 16, 1]
     spread = np.std(developed(np.ones((3, 64, 64)), noise=0.02)[..., 1])

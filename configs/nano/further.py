@@ -1,11 +1,11 @@
-"""The shipped student goes on in pixel space, with scenes that it has not seen.
+"""A student goes on in pixel space, by default the shipped one, with scenes that it has not seen.
 
     python -m d3epth_jax.main --config=configs/nano/further.py         # an hour on 2 CPU cores
     python -m d3epth_jax.main --config=configs/nano/further.py:tiny    # seconds: does it run?
 
 It is how scenes of a newer version reach the student without training all anew (train.py:long).
-`--config.stage2.init` names another student to begin with, `--config.stage2.data.source.seed` other
-scenes.
+`--config.stage2.init` names another student's model to begin with. The shipped one went on like
+this, with seed 7101 (RESULTS.md).
 """
 
 from ml_collections import ConfigDict
@@ -17,7 +17,7 @@ from configs.nano import train as nano
 def stage2(tiny: bool = False) -> ConfigDict:
     config = nano.stage2(tiny)
     config.init = "nano"
-    config.data.source.seed = 7101
+    config.data.source.seed = 7201
     if not tiny:
         config.train.steps = 7500
         config.schedule.warmup_steps = 100

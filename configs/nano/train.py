@@ -1,8 +1,8 @@
 """nano: the models that the package ships, trained from scratch on rendered scenes alone.
 
-    python -m d3epth_jax.main --config=configs/nano/train.py:long    # on a GPU, as those shipped
-    python -m d3epth_jax.main --config=configs/nano/train.py         # 50 minutes on 2 CPU cores
-    python -m d3epth_jax.main --config=configs/nano/train.py:tiny    # seconds: does it run at all?
+    python -m d3epth_jax.main --config=configs/nano/train.py:long  # on a GPU, as the shipped began
+    python -m d3epth_jax.main --config=configs/nano/train.py       # 50 minutes on 2 CPU cores
+    python -m d3epth_jax.main --config=configs/nano/train.py:tiny  # seconds: does it run at all?
 
 1. teacher: D^2-nano, encoder, UNet and decoder trained together by the pixel loss (METHOD 7, "from
    scratch": this defines the latent space).

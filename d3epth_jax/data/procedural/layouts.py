@@ -16,7 +16,7 @@ Range = tuple[float, float]
 
 # Ways to place an object; the meaning of a slot's ranges `a` and `b`.
 VIEW, PLAN, WALL, ON_FIRST, CEILING = range(5)
-#  VIEW      a: direction as a share of half the field of view, b: distance from the camera
+#  VIEW      a: direction as a share of half the picture's width, b: distance from the camera
 #  PLAN      a: x in the frame, b: z in the frame
 #  WALL      a: position along a random wall (0 to 1), b: gap to the wall
 #  ON_FIRST  a, b: position on top of the first slot's object, as shares of its half size

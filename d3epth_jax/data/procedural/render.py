@@ -60,8 +60,8 @@ def render(
 
     Depth is along the optical axis and 0 where the mask is False: sky, all beyond MAX_DEPTH, and
     the frame that some pictures have, as rectified ones do.
-    A scene depends on (seed, index) alone, not on the batch, and its layout not on the resolution:
-    bit for bit within one compiled program, up to rounding between programs.
+    A scene depends on (seed, index) and the picture's shape alone, not on the batch, and its layout
+    not on the resolution: bit for bit within one compiled program, up to rounding between programs.
     `pixel_aspects`: width over height of a scene's pixels, log-uniform between the two but for a
     share of square ones: as pictures of other shapes that are stretched to this one.
     `at_once` scenes per device are rendered together, group after group: by default few on a CPU,

@@ -112,7 +112,7 @@ def _place(u, table, thing, extent, half_fov, yaw, walls, ceiling, top):
 def make_scene(
     key, pixel_aspects: tuple[float, float] = (1.0, 1.0), slenderness: float = 0.75
 ) -> Scene:
-    """The scene of one key: a pure function, no pixels involved.
+    """The scene of one key: a pure function, nothing is rendered.
 
     pixel_aspects: width over height of a pixel, log-uniform between the two; slenderness: height
     over width of the picture, counted in pixels.
