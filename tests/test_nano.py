@@ -91,7 +91,7 @@ def test_the_student_sees_more_than_the_ramp_and_nearly_what_its_teacher_sees():
     source = data.make_source(**nano.scenes(common.PROCEDURAL_TEST, 128))
     protocol = make_protocol("default")
     of = scores(source, protocol, "nano", "nano-teacher", num_images=128).mean
-    assert of("nano") < 0.5 * of("ramp"), of("nano")
+    assert of("nano") < min(0.18, 0.5 * of("ramp")), of("nano")
     assert of("nano") < 0.65 * of("ramp in its space")
     assert of("nano") <= 1.1 * of("nano-teacher")
     assert of("nano", "boundary_f1") > 0.03

@@ -4,8 +4,7 @@
     python -m d3epth_jax.main --config=configs/nano/further.py:tiny    # seconds: does it run?
 
 It is how scenes of a newer version reach the student without training all anew (train.py:long).
-`--config.stage2.init` names another student's model to begin with. The shipped one went on like
-this, with seed 7101 (RESULTS.md).
+`--config.stage2.init` names another student's model to begin with. RESULTS.md says what came of it.
 """
 
 from ml_collections import ConfigDict
