@@ -10,6 +10,15 @@ from d3epth_jax.data.procedural.trace import see
 from tests.test_procedural import one_box, rays
 
 
+def pictured(scene):
+    """What 96x128 pixels show of a scene without textures: surface, green radiance [H, W]."""
+    direction = rays(96, 128)
+    surface = see(scene, direction, 0.0)
+    ray = jnp.sqrt(sum(d * d for d in direction))
+    radiance = shade.shade(scene, surface, jnp.zeros_like(ray), direction, ray)
+    return surface, np.asarray(radiance[1])
+
+
 def test_a_box_casts_its_shadow_and_faces_are_lit_by_the_cosine():
     scene = one_box(6.0, half=(1.0, 1.0, 1.0), height=2.0)  # from 1 to 3 above the ground
     light = jax.tree.map(jnp.zeros_like, scene.light)
@@ -17,10 +26,7 @@ def test_a_box_casts_its_shadow_and_faces_are_lit_by_the_cosine():
     light = light._replace(position=far, colour=jnp.ones(3))
     material = jnp.zeros_like(scene.materials)
     scene = scene._replace(light=light, materials=material.at[:, :6].set(1.0))
-    direction = rays(96, 128)
-    surface = see(scene, direction, 0.0)
-    ray = jnp.sqrt(sum(d * d for d in direction))
-    radiance = np.asarray(shade.shade(scene, surface, jnp.zeros_like(ray), direction, ray))[1]
+    surface, radiance = pictured(scene)
     x, y, z = (np.asarray(p) for p in surface.position)
     ground = np.asarray(surface.normal[1] > 0.99) & ~np.asarray(surface.is_object)
     # A ray to the sun from (x, 0, z) passes heights 1 to 3 between x - 0.75 and x - 2.25.
@@ -98,10 +104,7 @@ def test_the_sun_shines_through_panes_where_its_rays_pass_the_wall():
         materials=jnp.zeros_like(scene.materials).at[:, :6].set(1.0),
         light=light._replace(position=sun, colour=jnp.ones(3), panes=panes),
     )
-    direction = rays(96, 128)
-    surface = see(scene, direction, 0.0)
-    ray = jnp.sqrt(sum(d * d for d in direction))
-    radiance = np.asarray(shade.shade(scene, surface, jnp.zeros_like(ray), direction, ray))[1]
+    surface, radiance = pictured(scene)
     x, _, z = (np.asarray(p) for p in surface.position)
     floor = np.asarray(surface.normal[1] > 0.99)
     # Glass from 1.35 m to 2.7 m above the floor, which the sun's rays pass before (x, z).
