@@ -107,12 +107,14 @@ def test_equal_macs_mean_as_many_steps_as_the_whole_chain_pays_for():
     assert ablation.steps_of(arms, costs, "stage2_macs") == 67
 
 
-@pytest.mark.parametrize("word", [None, "tiny", "edges"])
+@pytest.mark.parametrize("word", [None, "tiny", *ablation_config.SUITES])
 def test_config_holds_together(word):
     config = ablation_config.get_config(word)
     ablation.check(config)
     edges = {"scratch_ssi", "scratch_static", "scratch_dwa"}
-    assert set(config.order) == (edges if word == "edges" else set(config.arms) - edges)
+    refined = {"refined_ssi", "refined_static", "refined_dwa"}
+    suites = {"edges": edges, "refined": refined}
+    assert set(config.order) == suites.get(word, set(config.arms) - edges - refined)
     assert {name for pair in config.comparisons for name in pair} <= set(config.order)
     seeds = {config.evaluations.scenes.eval.source.seed, config.arms.both.train.eval.source.seed}
     trained = {

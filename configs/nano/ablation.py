@@ -2,6 +2,7 @@
 
     python -m d3epth_jax.main --config=configs/nano/ablation.py       # hours on 2 CPU cores
     python -m d3epth_jax.main --config=configs/nano/ablation.py:edges # 4 below: on a GPU
+    python -m d3epth_jax.main --config=configs/nano/ablation.py:refined # 5 below: an hour
     python -m d3epth_jax.main --config=configs/nano/ablation.py:tiny  # does it run at all?
 
 Every arm is a training with a seed, evaluated on held-out scenes and, with --config.real=DIR, on
@@ -25,6 +26,9 @@ anew after every arm; interrupted, it goes on where it was.
 4. Whether the edge term sharpens boundaries, from scratch: the teacher of 1 had it already. Each of
    the nine trainings sees as many scenes as it took the shipped teacher's F1 to rise. 2.4 scenes a
    millisecond on an H200 make that 10 minutes, and compilation; two cores, half a day.
+5. The same asked of what sees outlines already: the student that comes with the package goes on,
+   at stage 2's own learning rate, with the edge term, which it was trained with, or without.
+   Gradients are not clipped, as in 1.
 
 --config.teacher=DIR takes another teacher; --config.seeds, --config.batch_size,
 --config.steps.full and so on set the size, --config.order="('full_ssi','full_dwa')" the arms.
@@ -59,15 +63,29 @@ COMPARISONS = (  # (arm, the one that it is held against)
     ("depth", "sqrt_disparity"),
     ("frozen_decoder", "both"),
 )
-EDGES = (
-    ("scratch_static", "scratch_ssi"),
-    ("scratch_dwa", "scratch_ssi"),
-    ("scratch_dwa", "scratch_static"),
-)
+# Of the arms of a word: how large a batch, and which are compared.
+SUITES = {
+    "edges": (
+        64,
+        (
+            ("scratch_static", "scratch_ssi"),
+            ("scratch_dwa", "scratch_ssi"),
+            ("scratch_dwa", "scratch_static"),
+        ),
+    ),
+    "refined": (
+        16,
+        (
+            ("refined_static", "refined_ssi"),
+            ("refined_dwa", "refined_ssi"),
+            ("refined_dwa", "refined_static"),
+        ),
+    ),
+}
 
 
 def get_config(argument: str | None = None) -> ConfigDict:
-    word = common.word(argument, "tiny", "edges")
+    word = common.word(argument, "tiny", *SUITES)
     tiny = word == "tiny"
     config = ConfigDict()
     config.job = "ablation"
@@ -75,7 +93,7 @@ def get_config(argument: str | None = None) -> ConfigDict:
     config.cpu_devices = 2
     config.seeds = (0, 1) if tiny else (0, 1, 2)
     config.batch_size = 8
-    steps = {"full": 400, "student": 800, "space": 800, "edges": 2400}
+    steps = {"full": 400, "student": 800, "space": 800, "edges": 2400, "refined": 1000}
     config.steps = ConfigDict(dict.fromkeys(steps, 4) if tiny else steps)
     config.teacher = "nano-teacher"
     config.real = ""  # a folder of RGB-D pairs with an index
@@ -95,13 +113,13 @@ def get_config(argument: str | None = None) -> ConfigDict:
     config.cache.teacher.update(path=config.get_ref("teacher"), cache="")
     config.cache.data = arms["cached"].train.data
     config.cache.cache.target = False  # as the loss of nano.stage1
-    edges = edge_arms(config, tiny)
-    config.arms = ConfigDict(arms | edges)
+    suites = {"edges": edge_arms(config, tiny), "refined": refined_arms(config, tiny)}
+    config.arms = ConfigDict(arms | suites["edges"] | suites["refined"])
     # Of running, and of the table's rows; what is left out is not run.
-    config.order = tuple(edges if word == "edges" else arms)
-    config.comparisons = EDGES if word == "edges" else COMPARISONS
-    if word == "edges":
-        config.batch_size = 64
+    config.order, config.comparisons = tuple(arms), COMPARISONS
+    if word in SUITES:
+        config.order = tuple(suites[word])
+        config.batch_size, config.comparisons = SUITES[word]
     return config
 
 
@@ -183,6 +201,23 @@ def edge_arms(config: ConfigDict, tiny: bool) -> dict[str, ConfigDict]:
         "scratch_ssi": arm("D^2 from scratch, SSI", scratch(0.0, "static")),
         "scratch_static": arm("D^2 from scratch, SSI + edge", scratch(edge, "static")),
         "scratch_dwa": arm("D^2 from scratch, SSI + edge, DWA", scratch(edge, "dwa")),
+    }
+
+
+def refined_arms(config: ConfigDict, tiny: bool) -> dict[str, ConfigDict]:
+    def refined(edge: float, weighting: str) -> ConfigDict:
+        job = train(config, nano.stage2(tiny), "refined")
+        job.init = "nano"
+        job.optim.clip = 1e6
+        job.loss.beta.edge, job.weighting.name = edge, weighting
+        job.weighting.dwa.window = WINDOW
+        return job
+
+    edge = nano.stage2().loss.beta.edge
+    return {
+        "refined_ssi": arm("D^3 further, SSI", refined(0.0, "static")),
+        "refined_static": arm("D^3 further, SSI + edge", refined(edge, "static")),
+        "refined_dwa": arm("D^3 further, SSI + edge, DWA", refined(edge, "dwa")),
     }
 
 
