@@ -4,11 +4,12 @@
 are random: they cost the same as any others.
 """
 
+import contextlib
 import functools
 import gc
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import jax
 import jax.numpy as jnp
@@ -84,17 +85,18 @@ class Ours:
         """The whole pipeline: pictures to depth maps. The first time it compiles."""
         pictures = [random_picture(self.size)] * self.batch
         began = time.perf_counter()
-        out = self.pipe(
-            pictures,
-            processing_resolution=0,
-            batch_size=self.batch,
-            num_inference_steps=self.steps,
-            latents=self._zeros(),
-        )
+        with compiling() as compile_seconds:
+            out = self.pipe(
+                pictures,
+                processing_resolution=0,
+                batch_size=self.batch,
+                num_inference_steps=self.steps,
+                latents=self._zeros(),
+            )
         seconds = time.perf_counter() - began
         if save:
             np.save(save, out.prediction)
-        return {"seconds": seconds}
+        return {"seconds": seconds, "compile_s": sum(compile_seconds)}
 
     def _zeros(self) -> np.ndarray | None:
         """Zero latents, which a model that starts from them needs not be told of."""
@@ -139,6 +141,22 @@ def most_memory() -> dict:
     if "peak_bytes_in_use" in stats:
         return {"bytes": stats["peak_bytes_in_use"], "kind": "the device's allocator"}
     return {"bytes": memory.peak(), "kind": "resident set of the process"}
+
+
+@contextlib.contextmanager
+def compiling() -> Iterator[list[float]]:
+    """Fills a list with the seconds of everything that XLA compiles."""
+    seconds = []
+
+    def listen(event: str, duration: float, **_) -> None:
+        if event == "/jax/core/compile/backend_compile_duration":
+            seconds.append(duration)
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    try:
+        yield seconds
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listen)
 
 
 def timed(function: Callable) -> float:

@@ -61,7 +61,7 @@ def add_bench(commands) -> None:
         help="so many models, or training steps, are read and compiled together, models in the"
         " device's memory, before they are measured one by one: much faster where there are cores"
         " for it; the time of compiling is not shown then, and as XLA chooses kernels by timing"
-        " them, hold a row against one of --ahead 1")  # fmt: skip
+        " them, hold a row against one of --ahead 1, with another --out")  # fmt: skip
     add("--resume", action="store_true",
         help="keep what --out has, and measure what it has not; else it begins anew")  # fmt: skip
     add("--out", type=pathlib.Path, metavar="DIR",
@@ -87,7 +87,7 @@ def bench(args: argparse.Namespace) -> int:
         label = f"[{number}/{len(jobs)}] {name(job)}"
         there = [row for row in done if _is_of(row, job) and _is_enough(row, job)]
         if there:
-            code = there[-1].get("code", here)
+            code = there[-1].get("code", "unknown code")
             bench_measure.say(f"{label} is there" + (f", of {code}" if code != here else ""))
         elif job not in [other for _, other in todo]:
             todo.append((label, job))

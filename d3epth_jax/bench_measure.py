@@ -119,7 +119,7 @@ def _made_ready(job: dict, ready: Ready, together: int = 1) -> Ready:
         row |= ours.ask("count")
         ours.ask("run")
         if together == 1:
-            row["first_s"] = first["seconds"]
+            row["first_s"], row["compile_s"] = first["seconds"], first["compile_s"]
         else:
             row["ahead"], row["memory"] = together, ours.ask("memory")
             for part in row["macs"]:

@@ -7,7 +7,7 @@ import json
 import os
 import pathlib
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 WHAT = ["predict", "stage2", "stage1", "pieces"]
 TRAINED = {"stage2": "d2_base", "stage1": "d3_light_small"}
@@ -24,11 +24,9 @@ def plan(args: argparse.Namespace, problems: Sequence[str] = ()) -> list[dict]:
         problems.append("name a MODEL, or --all")
     for model in models:
         if not exists(model):
-            near = difflib.get_close_matches(model, presets.PRESETS, 1)
-            problems.append(
-                f"{model} is neither a model directory nor a preset ({', '.join(presets.PRESETS)})"
-                + (f": did you mean {near[0]}?" if near else "")
-            )
+            problem = f"{model} is neither a model directory nor a preset"
+            problem += f" ({', '.join(presets.PRESETS)})"
+            problems.append(problem + _nearest(model, presets.PRESETS))
     sizes = {}
     for option in ("size", "train_size"):
         text, flag = getattr(args, option), f"--{option.replace('_', '-')}"
@@ -45,11 +43,10 @@ def plan(args: argparse.Namespace, problems: Sequence[str] = ()) -> list[dict]:
         problems.append(f"--micro {args.micro} does not divide --train-batch {args.train_batch}")
     what = args.what
     if set(what) - {"predict"} and not (args.all and "predict" in what):
-        problems += [
-            f"{model}: training and pieces are measured of presets"
-            for model in models
-            if model not in presets.PRESETS
-        ]
+        for model in models:
+            if model not in presets.PRESETS and exists(model):
+                problem = f"{model}: training and pieces are measured of presets"
+                problems.append(problem + _nearest(model, presets.PRESETS))
     beside = []
     for model in models:
         try:
@@ -94,8 +91,8 @@ def plan(args: argparse.Namespace, problems: Sequence[str] = ()) -> list[dict]:
         ]
 
     def training(stage: str) -> list[dict]:
-        one = known[:1] if stage == "stage2" else known[-1:]
-        one = [TRAINED[stage]] if TRAINED[stage] in known else one
+        # Of all presets one is enough.
+        trained = known if args.models else [TRAINED[stage]]
         ways = [(not args.no_remat, args.micro)]  # rematerialised, pictures at a time
         if args.all and stage == "stage2" and not args.no_remat:
             ways += [(False, args.micro)]
@@ -108,14 +105,14 @@ def plan(args: argparse.Namespace, problems: Sequence[str] = ()) -> list[dict]:
                 **{"batch": args.train_batch, "dtype": args.dtype, "runs": args.runs},
                 **{"remat": remat, "micro": micro},
             }
-            for model in (one if args.all else known)
+            for model in trained
             for remat, micro in ways
             if stage in what
         ]
 
     pieces = [
         {"what": "pieces", "model": model, "size": sizes["size"]}
-        for model in (known[:1] if args.all else known)
+        for model in (known if args.models else known[:1])
         if "pieces" in what
     ]
     # What matters most comes first: time on an accelerator may be short.
@@ -126,6 +123,11 @@ def plan(args: argparse.Namespace, problems: Sequence[str] = ()) -> list[dict]:
         *(job for fold in folds[1:] for job in predictions(models, fold)),
         *pieces,
     ]
+
+
+def _nearest(name: str, names: Iterable[str]) -> str:
+    near = difflib.get_close_matches(name, names, 1)
+    return f": did you mean {near[0]}?" if near else ""
 
 
 def exists(name: str) -> bool:

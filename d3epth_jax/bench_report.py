@@ -13,7 +13,8 @@ NOTES = {
     "predict": "GMACs: multiply-accumulates of convolutions and products, taps on the padding"
     " included. Latency: median of whole calls of the pipeline, uint8 picture in, depth out."
     " MFU: 2 MACs / latency, of the best measured speed of a large matrix product in the same type."
-    " First call: with compilation; - where others were compiled at the same time (--ahead)."
+    " First call: with folding and compilation, of which XLA's is shown; - where others were compiled"
+    " at the same time (--ahead)."
     " Peak: of an accelerator's allocator since the process began, reading and compiling included;"
     " on a CPU of the process since the model was read.",
     "train": "Batches lie on the device: no loading of data. MFU: forward and gradients, without"
@@ -94,8 +95,8 @@ def name(row: dict) -> str:
 
 PREDICT = (
     *("model", "size", "batch", "type", "folded", "params M"),
-    *("GMACs enc", "UNet", "dec", "all", "first call s", "latency ms", "enc ms", "UNet ms"),
-    *("dec ms", "images/s", "MFU %", "peak GiB"),
+    *("GMACs enc", "UNet", "dec", "all", "compile s", "first call s", "latency ms", "enc ms"),
+    *("UNet ms", "dec ms", "images/s", "MFU %", "peak GiB"),
 )
 COMPARE = ("model", "size", "batch", "variant", "ours ms", "theirs ms", "ratio", "encoder",
            "UNet", "decoder", "ours GiB", "theirs GiB", "difference", "depth's std")  # fmt: skip
@@ -116,7 +117,8 @@ def _prediction(row: dict) -> list[str]:
         row["model"], _size(row), str(row["batch"]), row["dtype"], "yes" if row["fold"] else "no",
         f"{sum(row['params'].values()) / 1e6:.2f}",
         *(_giga(x) for x in (*macs, sum(macs))),
-        f"{row['first_s']:.1f}" if "first_s" in row else "-", f"{1e3 * seconds:.1f}", *parts,
+        *(f"{row[key]:.1f}" if key in row else "-" for key in ("compile_s", "first_s")),
+        f"{1e3 * seconds:.1f}", *parts,
         f"{row['batch'] / seconds:.3g}",
         f"{100 * flops / row['matmul']:.1f}" if row["matmul"] else "-",
         _gib(row["memory"]),

@@ -25,6 +25,12 @@ from d3epth_jax.weights import fold
 
 NO_MEMORY = (RuntimeError, MemoryError)  # of the device as it is; of what is planned for it
 
+# Weights of the losses: a test holds them against the configs.
+BETA = {
+    "stage2": {"ssi": 1.0, "edge": 0.5},
+    "stage1": {"gt": 1.0, "out": 1.0, "feat": 0.1, "enc": 1.0},
+}
+
 
 class Recipe(NamedTuple):
     """A stage's training of one model, before anything is computed."""
@@ -152,14 +158,15 @@ def recipe(stage: str, model: str, size: tuple[int, int], dtype: str, remat: boo
     # As train.py: what does not train is folded, and cast once.
     student, rest = fold.fold_frozen(student, trainable, rest)
     frozen = jax.device_put({"rest": fold.cast_kernels(student, rest), "teacher": of_teacher})
-    forward = _forward(student, merge(trainable, rest), size)
+    forward, beta = _forward(student, merge(trainable, rest), size), dict(BETA[stage])
     if stage == "stage2":
-        loss_fn, beta, tasks = pixel.make_loss(student), {"ssi": 1.0, "edge": 0.5}, pixel.TASKS
+        loss_fn, tasks = pixel.make_loss(student), pixel.TASKS
         macs_each = macs.of_training(forward, [p.split("/")[0] for p in patterns], ["decoder"])
         task_weights = weighting.dwa(len(tasks))
     else:
-        beta, tasks = {"gt": 1.0, "out": 1.0, "feat": 0.1}, ()
-        beta |= {"enc": 1.0} if own_encoder else {}
+        tasks = ()
+        if not own_encoder:
+            del beta["enc"]
         loss_fn = latent.make_loss(
             student, teacher, terms=tuple(beta), share_encoder=not own_encoder, cached=True
         )

@@ -12,7 +12,7 @@ from d3epth_jax.models.depth_model import init_params
 from d3epth_jax.stages import latent, pixel
 from d3epth_jax.train_state import merge, split_trainable
 from d3epth_jax.weights import fold, keys
-from tests import test_fold
+from tests import test_fold, train_memory
 from tests.conftest import scenes, small_model, small_unet
 from tests.unet_oracle import relative_error
 
@@ -121,6 +121,16 @@ def test_a_teacher_of_many_steps_keeps_what_changes_from_step_to_step():
         "unet",
         "prompt",
     }
+
+
+@pytest.mark.slow
+def test_24gb_plans_its_step_for_the_state_it_says():
+    """The plan of tests/train_memory.py, a quarter as wide: it runs, and memory is reused."""
+    counted = train_memory.count(0.25)
+    assert counted["alias"] == pytest.approx(counted["state"], rel=0.01)  # donated
+    held = counted["state"] + counted["frozen"] + counted["batch"]
+    assert counted["argument"] == pytest.approx(held, rel=0.01)
+    assert held < counted["peak"] < 24 * 2**30
 
 
 def test_24gb_is_the_full_size_model_with_all_that_saves_memory():

@@ -10,6 +10,7 @@ import pytest
 from d3epth_jax import inference, macs
 from d3epth_jax.models import attention, convolution, presets
 from d3epth_jax.models.depth_model import DepthModel, abstract_params
+from d3epth_jax.weights import fold
 from tests.conftest import small_model, small_unet
 
 SIZE = (576, 768)
@@ -136,6 +137,22 @@ def test_each_piece_of_folding_saves_what_xla_says_it_saves():
         assert saved["macs"] == pytest.approx(saved["xla"], rel=0.02), piece
         assert (saved["macs"] > 0) == (piece != "head"), piece
     assert table["upsampling"]["params"][1] > table["upsampling"]["params"][0]
+
+
+@pytest.mark.parametrize("piece", ["upsampling", "prompt", "mean", "all"])
+def test_whole_programs_cost_less_by_what_folding_saves(piece):
+    """By the cost analysis of lowered programs, which also counts what is no product: 2 %."""
+    model = DepthModel(*presets.get("d3_nano"), presets.SINGLE_STEP)
+    params = dict(abstract_params(model))
+    pieces = fold.foldable(model) if piece == "all" else (piece,)
+    formula, xla = [], []
+    for described, shapes in ((model, params), macs.folded(model, pieces)):
+        programs = macs.part_programs(described, (96, 128)).values()
+        with macs.plain_forms():
+            formula.append(sum(macs.count(f, shapes, *inputs).valid for f, inputs in programs))
+            lowered = [jax.jit(f).lower(shapes, *inputs) for f, inputs in programs]
+        xla.append(sum(program.cost_analysis()["flops"] for program in lowered) / 2)
+    assert formula[0] - formula[1] == pytest.approx(xla[0] - xla[1], rel=0.02)
 
 
 @pytest.mark.parametrize("part", macs.PARTS)

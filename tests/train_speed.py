@@ -21,12 +21,12 @@ WANTED = {"cpu": 0.8, "gpu": 1.0}  # torch's time / ours
 WAYS = ("ours", "torch", "torch, channels_last")
 
 
-def main(rounds: int = 5, parts: bool = False) -> dict[str, float]:
+def main(rounds: int = 5, parts: bool = False) -> dict:
     """Prints seconds and ratios torch / ours, of the faster of torch's layouts.
 
-    Returns the ratios by name, and what is wanted of the step's.
+    Returns {name: {"seconds" of each way, "ratio"}}, the device, and what is `wanted` of the step's.
     """
-    ratios = {}
+    found = {}
     # Tests set flags under which programs are not optimised.
     env = {"XLA_FLAGS": "", "XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
     with contextlib.ExitStack() as stack:
@@ -50,17 +50,17 @@ def main(rounds: int = 5, parts: bool = False) -> dict[str, float]:
                 {way: min(run[clock] for run in runs[way]) for way in WAYS}
                 for clock in ("wall", "processor")
             )
-            ratios[name] = ratio(seconds)
+            found[name] = {"seconds": seconds, "ratio": ratio(seconds)}
             told = ", ".join(f"{way} {time:.3g} s" for way, time in seconds.items())
             print(
-                f"{name:18} {told}: torch / ours {ratios[name]:.2f}"
+                f"{name:18} {told}: torch / ours {ratio(seconds):.2f}"
                 f" (by processor time {ratio(processor):.2f})",
                 file=sys.stderr,
                 flush=True,
             )
-    wanted = WANTED[devices["ours"]]
-    print(f"wanted of the step on a {devices['ours']}: {wanted}", file=sys.stderr)
-    return ratios | {"wanted": wanted}
+    device = devices["ours"]
+    print(f"wanted of the step on a {device}: {WANTED[device]}", file=sys.stderr)
+    return found | {"device": device, "wanted": WANTED[device]}
 
 
 def ratio(seconds: dict[str, float]) -> float:

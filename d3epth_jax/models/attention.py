@@ -21,7 +21,8 @@ def attention(
     mask: bool [N, M], False where a query must not look; every query sees something.
     implementation: "chunked" holds at most `MAX_LOGITS` logits at a time, or those of one query,
       "cudnn" is the fused kernel of an NVIDIA GPU, for 16-bit types; None: cudnn where it can be
-      and there are keys enough, else chunked.
+      and there are keys enough, else chunked. That is also a TPU's: the fused kernels that JAX has
+      for one have not been tried here.
     """
     if implementation is None:
         fused = _device_has_cudnn_attention() and q.dtype.itemsize == 2 and mask is None

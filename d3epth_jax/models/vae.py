@@ -3,8 +3,9 @@
 Two modules, because their parameters live in separate trees: quant_conv belongs to the encoder,
 post_quant_conv to the decoder. Submodule names are torch's with `.N` written `_N`.
 
-Pictures are not cut into tiles: GroupNorm's statistics are over the whole picture, so that tiles
-would not give its numbers.
+Pictures are not cut into tiles: GroupNorm's statistics are over the whole picture. Tiles with their
+own would not give its numbers; exact ones would have to meet at each of the 20 to 30 norms, and
+either keep what they have by then, which is what takes the memory, or compute it again each time.
 """
 
 from typing import Any
