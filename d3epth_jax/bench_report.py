@@ -13,8 +13,8 @@ NOTES = {
     "predict": "GMACs: multiply-accumulates of convolutions and products, taps on the padding"
     " included. Latency: median of whole calls of the pipeline, uint8 picture in, depth out."
     " MFU: 2 MACs / latency, of the best measured speed of a large matrix product in the same type."
-    " First call: with folding and compilation, of which XLA's is shown; - where others were compiled"
-    " at the same time (--ahead)."
+    " First call: with folding and compiling; compile: XLA's share of it; - where others were"
+    " compiled at the same time (--ahead)."
     " Peak: of an accelerator's allocator since the process began, reading and compiling included;"
     " on a CPU of the process since the model was read.",
     "train": "Batches lie on the device: no loading of data. MFU: forward and gradients, without"

@@ -24,7 +24,7 @@ WAYS = ("ours", "torch", "torch, channels_last")
 def main(rounds: int = 5, parts: bool = False) -> dict:
     """Prints seconds and ratios torch / ours, of the faster of torch's layouts.
 
-    Returns {name: {"seconds" of each way, "ratio"}}, the device, and what is `wanted` of the step's.
+    Returns {name: {"seconds" of each way, "ratio"}}, the device, and the `wanted` ratio of a step.
     """
     found = {}
     # Tests set flags under which programs are not optimised.
