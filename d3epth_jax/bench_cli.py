@@ -35,7 +35,8 @@ def add_bench(commands) -> None:
         " and not, one beside diffusers where that is installed, a stage-2 step with as many"
         " pictures of 32 at a time as fit (else a half, a quarter, ...: then also 32 by"
         " accumulation), rematerialised and not, stage 1 from cached"
-        " latents, and the hours of a whole training. Exit code: 0 all done, 1 some measurements"
+        " latents, and the hours of a whole training; where MODELs are named, training and pieces"
+        " of each. Exit code: 0 all done, 1 some measurements"
         " failed, 2 wrong arguments, 130 interrupted (what was done is kept: --resume goes on).",
     )
     parser.set_defaults(run=bench, fail=parser.error)

@@ -14,7 +14,7 @@ NOTES = {
     " included. Latency: median of whole calls of the pipeline, uint8 picture in, depth out."
     " MFU: 2 MACs / latency, of the best measured speed of a large matrix product in the same type."
     " First call: with folding and compiling; compile: XLA's share of it; - where others were"
-    " compiled at the same time (--ahead)."
+    " compiled at the same time (--ahead), or by an earlier version."
     " Peak: of an accelerator's allocator since the process began, reading and compiling included;"
     " on a CPU of the process since the model was read.",
     "train": "Batches lie on the device: no loading of data. MFU: forward and gradients, without"

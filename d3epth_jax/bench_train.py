@@ -25,12 +25,6 @@ from d3epth_jax.weights import fold
 
 NO_MEMORY = (RuntimeError, MemoryError)  # of the device as it is; of what is planned for it
 
-# Weights of the losses: a test holds them against the configs.
-BETA = {
-    "stage2": {"ssi": 1.0, "edge": 0.5},
-    "stage1": {"gt": 1.0, "out": 1.0, "feat": 0.1, "enc": 1.0},
-}
-
 
 class Recipe(NamedTuple):
     """A stage's training of one model, before anything is computed."""
@@ -41,6 +35,7 @@ class Recipe(NamedTuple):
     frozen: Any
     make_batch: Callable[[int], dict]  # of a count of pictures
     macs: int  # of one picture, forward and gradients
+    beta: dict[str, float]  # weights of the losses
 
 
 class Training:
@@ -70,7 +65,7 @@ class Training:
 
     def _compile(self, micro: int, accumulate: int = 1) -> None:
         """Raises MemoryError if the plan of the compiled step is beyond the device's limit."""
-        make_step, init_state, trainable, frozen, make_batch, _ = self.recipe
+        make_step, init_state, trainable, frozen, make_batch, *_ = self.recipe
         self.micro, self.accumulate = micro, accumulate
         state = jax.eval_shape(init_state, trainable)
         batch = jax.eval_shape(lambda: make_batch(micro * accumulate))
@@ -158,15 +153,14 @@ def recipe(stage: str, model: str, size: tuple[int, int], dtype: str, remat: boo
     # As train.py: what does not train is folded, and cast once.
     student, rest = fold.fold_frozen(student, trainable, rest)
     frozen = jax.device_put({"rest": fold.cast_kernels(student, rest), "teacher": of_teacher})
-    forward, beta = _forward(student, merge(trainable, rest), size), dict(BETA[stage])
+    forward = _forward(student, merge(trainable, rest), size)
     if stage == "stage2":
-        loss_fn, tasks = pixel.make_loss(student), pixel.TASKS
+        loss_fn, beta, tasks = pixel.make_loss(student), {"ssi": 1.0, "edge": 0.5}, pixel.TASKS
         macs_each = macs.of_training(forward, [p.split("/")[0] for p in patterns], ["decoder"])
         task_weights = weighting.dwa(len(tasks))
     else:
-        tasks = ()
-        if not own_encoder:
-            del beta["enc"]
+        beta, tasks = {"gt": 1.0, "out": 1.0, "feat": 0.1}, ()
+        beta |= {"enc": 1.0} if own_encoder else {}
         loss_fn = latent.make_loss(
             student, teacher, terms=tuple(beta), share_encoder=not own_encoder, cached=True
         )
@@ -197,6 +191,7 @@ def recipe(stage: str, model: str, size: tuple[int, int], dtype: str, remat: boo
         frozen,
         lambda count: make_batch(count, size),
         macs_each,
+        beta,
     )
 
 

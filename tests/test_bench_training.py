@@ -170,7 +170,9 @@ def test_what_is_planned_beyond_the_limit_is_not_run_and_what_runs_out_is_halved
             return lambda state, frozen, batch: (state + batch.sum(), {"loss": (2 * batch).max()})
 
         start = np.zeros(1, np.float32)
-        return bench_train.Recipe(make_step, jnp.asarray, start, {}, lambda n: np.ones(1000 * n), 1)
+        return bench_train.Recipe(
+            make_step, jnp.asarray, start, {}, lambda n: np.ones(1000 * n), 1, {}
+        )
 
     def runs_out(runs):
         ran.append(training.micro)
