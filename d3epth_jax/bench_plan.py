@@ -7,7 +7,7 @@ import json
 import os
 import pathlib
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 WHAT = ["predict", "stage2", "stage1", "pieces"]
 TRAINED = {"stage2": "d2_base", "stage1": "d3_light_small"}
@@ -26,7 +26,7 @@ def plan(args: argparse.Namespace, problems: Sequence[str] = ()) -> list[dict]:
         if not exists(model):
             problem = f"{model} is neither a model directory nor a preset"
             problem += f" ({', '.join(presets.PRESETS)})"
-            problems.append(problem + _nearest(model, presets.PRESETS))
+            problems.append(problem + _nearest(model))
     sizes = {}
     for option in ("size", "train_size"):
         text, flag = getattr(args, option), f"--{option.replace('_', '-')}"
@@ -46,7 +46,7 @@ def plan(args: argparse.Namespace, problems: Sequence[str] = ()) -> list[dict]:
         for model in models:
             if model not in presets.PRESETS and exists(model):
                 problem = f"{model}: training and pieces are measured of presets"
-                problems.append(problem + _nearest(model, presets.PRESETS))
+                problems.append(problem + _nearest(model))
     beside = []
     for model in models:
         try:
@@ -125,8 +125,11 @@ def plan(args: argparse.Namespace, problems: Sequence[str] = ()) -> list[dict]:
     ]
 
 
-def _nearest(name: str, names: Iterable[str]) -> str:
-    near = difflib.get_close_matches(name, names, 1)
+def _nearest(name: str) -> str:
+    """What to add where a preset is asked for."""
+    from d3epth_jax.models import presets
+
+    near = difflib.get_close_matches(name, presets.PRESETS, 1)
     return f": did you mean {near[0]}?" if near else ""
 
 

@@ -34,6 +34,8 @@ anew after every arm; interrupted, it goes on where it was.
 --config.steps.full and so on set the size, --config.order="('full_ssi','full_dwa')" the arms.
 """
 
+from collections.abc import Callable
+
 from ml_collections import ConfigDict
 
 from configs import cache, common
@@ -63,25 +65,7 @@ COMPARISONS = (  # (arm, the one that it is held against)
     ("depth", "sqrt_disparity"),
     ("frozen_decoder", "both"),
 )
-# Of the arms of a word: how large a batch, and which are compared.
-SUITES = {
-    "edges": (
-        64,
-        (
-            ("scratch_static", "scratch_ssi"),
-            ("scratch_dwa", "scratch_ssi"),
-            ("scratch_dwa", "scratch_static"),
-        ),
-    ),
-    "refined": (
-        16,
-        (
-            ("refined_static", "refined_ssi"),
-            ("refined_dwa", "refined_ssi"),
-            ("refined_dwa", "refined_static"),
-        ),
-    ),
-}
+SUITES = {"edges": ("scratch", 64), "refined": ("refined", 16)}  # word: (its arms, batch size)
 
 
 def get_config(argument: str | None = None) -> ConfigDict:
@@ -119,7 +103,8 @@ def get_config(argument: str | None = None) -> ConfigDict:
     config.order, config.comparisons = tuple(arms), COMPARISONS
     if word in SUITES:
         config.order = tuple(suites[word])
-        config.batch_size, config.comparisons = SUITES[word]
+        name, config.batch_size = SUITES[word]
+        config.comparisons = edge_comparisons(name)
     return config
 
 
@@ -196,12 +181,7 @@ def edge_arms(config: ConfigDict, tiny: bool) -> dict[str, ConfigDict]:
         job.schedule.warmup_steps = nano.teacher().schedule.warmup_steps
         return job
 
-    edge = nano.teacher().loss.beta.edge
-    return {
-        "scratch_ssi": arm("D^2 from scratch, SSI", scratch(0.0, "static")),
-        "scratch_static": arm("D^2 from scratch, SSI + edge", scratch(edge, "static")),
-        "scratch_dwa": arm("D^2 from scratch, SSI + edge, DWA", scratch(edge, "dwa")),
-    }
+    return by_losses("scratch", "D^2 from scratch", scratch)
 
 
 def refined_arms(config: ConfigDict, tiny: bool) -> dict[str, ConfigDict]:
@@ -213,12 +193,22 @@ def refined_arms(config: ConfigDict, tiny: bool) -> dict[str, ConfigDict]:
         job.weighting.dwa.window = WINDOW
         return job
 
-    edge = nano.stage2().loss.beta.edge
+    return by_losses("refined", "D^3 further", refined)
+
+
+def by_losses(name: str, title: str, make: Callable[[float, str], ConfigDict]) -> dict:
+    """Three arms of `make`(the edge term's weight, the weighting), for `edge_comparisons`."""
+    edge = nano.teacher().loss.beta.edge
     return {
-        "refined_ssi": arm("D^3 further, SSI", refined(0.0, "static")),
-        "refined_static": arm("D^3 further, SSI + edge", refined(edge, "static")),
-        "refined_dwa": arm("D^3 further, SSI + edge, DWA", refined(edge, "dwa")),
+        f"{name}_ssi": arm(f"{title}, SSI", make(0.0, "static")),
+        f"{name}_static": arm(f"{title}, SSI + edge", make(edge, "static")),
+        f"{name}_dwa": arm(f"{title}, SSI + edge, DWA", make(edge, "dwa")),
     }
+
+
+def edge_comparisons(name: str) -> tuple[tuple[str, str], ...]:
+    pairs = ("static", "ssi"), ("dwa", "ssi"), ("dwa", "static")
+    return tuple((f"{name}_{one}", f"{name}_{other}") for one, other in pairs)
 
 
 def stage2_alone(config: ConfigDict, tiny: bool, *, scratch: bool = False) -> ConfigDict:
