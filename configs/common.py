@@ -11,7 +11,7 @@ def procedural(seed: int, length: int, **settings) -> ConfigDict:
     return ConfigDict(
         {
             "name": "procedural",
-            "version": 4,  # of what is rendered: told apart in what is saved
+            "version": 5,  # of what is rendered: told apart in what is saved
             "seed": seed,
             "length": length,
             # Width over height of pixels, from to: as other shapes, stretched to this one.

@@ -128,7 +128,7 @@ def test_haze_takes_half_of_the_light_after_its_half_length():
 
 LENS = {
     **{"target": 0.2, "soft": 0.0, "gamma": 1.0, "saturation": 1.0, "red": 1.0, "blue": 1.0},
-    **{"vignette": 0.0, "blur": 0.0, "noise": 0.0, "veil": 0.0},
+    **{"vignette": 0.0, "blur": 0.0, "noise": 0.0, "veil": 0.0, "curve": 0.0},
 }
 
 
@@ -159,6 +159,10 @@ def test_each_property_of_a_lens_does_what_its_name_says():
     assert developed(colours, blue=1.1)[0, 0, 2] > plain[0, 0, 2]
     assert developed(0 * colours, veil=0.1).min() > developed(0 * colours).max()
     assert developed(colours, gamma=1.2)[0, 0, 1] < plain[0, 0, 1]
+    even = np.ones((3, 4, 5))  # is exposed to the target
+    for grey, curved in ((0.25, 0.15625), (0.5, 0.5), (0.75, 0.84375)):  # x^2 (3 - 2 x)
+        picture = developed(even, target=grey**2.2, curve=1.0)
+        np.testing.assert_allclose(picture, 255 * curved, atol=1)
     dark = developed(colours, vignette=0.6)
     assert dark[0, 0, 1] < dark[12, 16, 1] <= plain[12, 16, 1]
     spread = np.std(developed(np.ones((3, 64, 64)), noise=0.02)[..., 1])

@@ -98,7 +98,7 @@ def sides(x, axis: int, reach=1, most: int = 1):
 
 def develop(light: Light, radiance):
     """Camera: radiance, three [H, W], to uint8 [H, W, 3]: exposure, lens, tone curve, sensor."""
-    target, soft, gamma, saturation, red, blue, vignette, blur, noise, veil = light.lens
+    target, soft, gamma, saturation, red, blue, vignette, blur, noise, veil, curve = light.lens
     height, width = radiance[0].shape
     luminance = 0.3 * radiance[0] + 0.6 * radiance[1] + 0.1 * radiance[2]
     # Metering by the square of the mean root: a bright window weighs less than its radiance.
@@ -114,7 +114,9 @@ def develop(light: Light, radiance):
     for axis in (1, 2):  # blur in light, before the tone curve, as a lens does
         image = (image + blur * sides(image, axis)) / (1 + 2 * blur)
     image = lerp(soft, jnp.minimum(image, 1.0), 1 - jnp.exp(-1.4 * image))
-    image = veil + (1 - veil) * (image + 1e-5) ** (gamma / 2.2)
+    image = (image + 1e-5) ** (gamma / 2.2)
+    image = lerp(curve, image, image * image * (3 - 2 * image))
+    image = veil + (1 - veil) * image
     grains = jnp.stack(
         [
             hash_unit(row.astype(jnp.int32), column.astype(jnp.int32), light.seed + jnp.uint32(s))

@@ -169,4 +169,22 @@ FITTINGS = {
         jitter=0.5,
         tumble=60,
     ),
+    "heap": Thing(  # of anything: what is near is then told by outlines and shading alone
+        (
+            P("box", "paint", (0, 0.3, 0), (0.3, 0.6, 0.2)),
+            P("box", "card", (0, 0.2, 0), (0.4, 0.3, 0.3)),
+            P("pillow", "cloth", (0, 0.3, 0), (0.5, 0.3, 0.4)),
+            P("ellipsoid", "paint", (0, 0.5, 0), (0.3, 0.4, 0.3)),
+            P("barrel", "trim", (0, 0.4, 0), (0.25, 0.4, 0.25)),
+            P("bowl", "plastic", (0, 0.2, 0), (0.4, 0.2, 0.4)),
+            P("box", "picture", (0, 0.6, 0), (0.5, 0.4, 0.02)),
+            P("cylinder", "metal", (0, 0.5, 0), (0.05, 1.2, 0.05)),
+        ),
+        scale=(0.4, 2.2),
+        stretch=0.5,
+        scatter=0.6,
+        jitter=0.7,
+        tumble=180,
+    ),
+    "rug": Thing((P("box", "cloth", (0, 0.006, 0), (1.8, 0.012, 1.2)),), stretch=0.5),
 }

@@ -52,6 +52,7 @@ SEATS = "chair slat_chair slat_chair armchair office_chair rocking_chair"
 TALL = "wardrobe shelf shelf cabinet drawers counter sofa bed radiator television door"
 LOW = "table round_table long_table sofa cartons carton junk pot_plant bed desk person rack"
 ON_WALL = "window window window glass_door pictures pictures curtain door nothing"
+CLUTTER = "junk junk heap heap cups books cartons carton rug bins pot_plant"
 # What a picture is taken of: near, and in the middle of it.
 SUBJECT = SEATS + " person floor_lamp pot_plant ladder carton cartons table drawers junk"
 SUBJECT += 7 * " nothing"
@@ -76,6 +77,18 @@ _room = (
         turn=(0, 0),
     ),
     Slot("partition pillar nothing nothing nothing", PLAN, (-1.5, 1.5), (2.0, 5.0), turn=_FLAT),
+    Slot("pictures pictures window nothing", WALL, (0.0, 1.0), y=(-0.4, 0.4), turn=(0, 0)),
+    Slot(CLUTTER, VIEW, (-1.0, 1.0), (0.8, 4.0)),
+    Slot(CLUTTER + " " + SEATS, VIEW, (-1.0, 1.0), (1.5, 5.0)),
+)
+_heap = (
+    Slot(TALL, WALL, (0.0, 1.0)),
+    Slot(TALL + " nothing nothing", WALL, (0.0, 1.0)),
+    *(Slot(ON_WALL + " pictures", WALL, (0.0, 1.0), y=(-0.4, 0.4), turn=(0, 0)),) * 2,
+    *(Slot("heap heap junk", VIEW, (-1.0, 1.0), (0.8, 4.5), y=(0.0, 0.8)),) * 4,
+    *(Slot("carton cartons " + CLUTTER, VIEW, (-1.0, 1.0), (0.8, 4.0)),) * 4,
+    *(Slot(SEATS + " " + LOW, VIEW, (-1.0, 1.0), (1.2, 5.0)),) * 2,
+    Slot("rug rug nothing", VIEW, (-0.5, 0.5), (1.0, 2.5)),
 )
 _desk = (
     Slot("desk table long_table desk counter", PLAN, (-0.4, 0.4), (0.7, 1.5), turn=(-30, 30)),
@@ -90,6 +103,9 @@ _desk = (
     Slot(TALL, WALL, (0.0, 1.0)),
     Slot(ON_WALL, WALL, (0.0, 1.0), y=(-0.15, 0.2), turn=(0, 0)),
     Slot("junk rack nothing nothing", VIEW, (-1.0, 1.0), (2.5, 5.0)),
+    Slot("books cups", ON_FIRST, (-0.8, 0.8), (-0.8, 0.8)),
+    Slot("pictures pictures window nothing", WALL, (0.0, 1.0), y=(-0.4, 0.4), turn=(0, 0)),
+    Slot(CLUTTER, VIEW, (-1.0, 1.0), (1.5, 5.0)),
 )
 _corridor = (
     *(Slot("door door window pictures radiator", WALL, (0.0, 1.0), turn=(0, 0)),) * 5,
@@ -100,6 +116,8 @@ _corridor = (
     Slot("partition partition nothing", PLAN, (-0.3, 0.3), (4.0, 9.0), turn=(0, 0)),
     Slot("ceiling_panels ceiling_lamp beams", CEILING, (0.0, 0.0), (4.0, 5.0), turn=(0, 0)),
     Slot("pillar nothing", PLAN, (-1.2, 1.2), (1.5, 6.0), turn=(0, 0)),
+    *(Slot("pictures door window nothing", WALL, (0.0, 1.0), y=(-0.3, 0.3), turn=(0, 0)),) * 2,
+    Slot(CLUTTER + " nothing", VIEW, (-1.0, 1.0), (1.0, 7.0)),
 )
 _SIDE = "building building house garages treeline hedge wall"
 _street = (
@@ -115,6 +133,9 @@ _street = (
     Slot("tree conifer bush bare_tree", PLAN, (4.2, 8), (5, 25)),
     Slot("lamp_post sign person bins", PLAN, (-5, -3.5), (4, 18), turn=(-90, 0)),
     Slot("guardrail fence hedge sign lamp_post nothing", PLAN, (3.8, 5.5), (7, 14), turn=(90, 90)),
+    Slot("car van lamp_post person bins bush", PLAN, (-5.5, -2.5), (5, 35), turn=(-4, 4)),
+    Slot("car van lamp_post person sign tree", PLAN, (2.5, 5.5), (5, 35), turn=(-4, 4)),
+    Slot("tree bare_tree treeline building bush", PLAN, (-12, 12), (25, 60), turn=_FLAT),
 )
 _GREEN = "tree tree conifer bush bush bare_tree"
 _park = (
@@ -130,6 +151,9 @@ _park = (
     Slot("grass rocks fence", VIEW, (-1, 1), (3, 9)),
     Slot("person person sign bush nothing", VIEW, (-0.8, 0.8), (3, 12)),
     Slot("hill fence wall nothing", VIEW, (-1, 1), (25, 60)),
+    Slot("grass rocks bush", VIEW, (-1, 1), (2, 7)),
+    Slot("bush bare_tree tree rocks fence", VIEW, (-1, 1), (4, 14)),
+    Slot("bare_tree bush person heap nothing", VIEW, (-1, 1), (5, 20)),
 )
 _yard = (
     Slot("building house garages wall wall", PLAN, (-4, 4), (6, 14), turn=(-35, 35)),
@@ -144,6 +168,9 @@ _yard = (
     Slot("treeline house building", VIEW, (-1, 1), (14, 30), turn=(-30, 30)),
     Slot("lamp_post sign nothing", VIEW, (-1, 1), (2, 6)),
     Slot("grass nothing", VIEW, (-1, 1), (2, 5)),
+    Slot("heap junk cartons bins", VIEW, (-1, 1), (2, 6)),
+    Slot("bush fence rack chair person", VIEW, (-1, 1), (3, 9)),
+    Slot("tree bare_tree car house garages", VIEW, (-1, 1), (7, 20), turn=(-40, 40)),
 )
 _OPEN = ((200.0, 300.0),) * 5  # left, right, ahead, behind, ceiling: sky, never walls
 _WALLS = ((0.5, 4.5), (0.5, 4.5), (2.0, 9.0), (0.5, 3.0), (2.2, 3.6))
@@ -153,13 +180,14 @@ _OUT = (2.5, True)
 
 # Share, field of view along the longer side, height, pitch, yaw, the five distances, slots.
 LAYOUTS = {
-    "room": Layout(0.24, (45, 85), (1.0, 1.7), (-28, 6), (-50, 50), *_WALLS, _room),
-    "room_from_above": Layout(0.07, (45, 85), (1.7, 3.2), (-60, -22), (-50, 50), *_WALLS, _room),
-    "room_from_below": Layout(0.08, (45, 80), (0.2, 0.6), (-15, 16), (-50, 50), *_WALLS, _room),
-    "desk": Layout(0.13, (40, 70), (1.05, 1.7), (-50, -14), (-45, 45), *_WALLS, _desk),
-    "corridor": Layout(0.08, (50, 90), (0.8, 1.8), (-18, 6), (-22, 22), *_NARROW, _corridor),
-    "street": Layout(0.16, (50, 90), (1.2, 2.2), (-10, 4), (-18, 18), *_OPEN, _street, *_OUT),
-    "park": Layout(0.13, (45, 80), (0.8, 2.2), (-16, 4), (-60, 60), *_OPEN, _park, *_OUT),
+    "room": Layout(0.20, (45, 85), (1.0, 1.7), (-28, 6), (-50, 50), *_WALLS, _room),
+    "room_from_above": Layout(0.05, (45, 85), (1.7, 3.2), (-60, -22), (-50, 50), *_WALLS, _room),
+    "room_from_below": Layout(0.06, (45, 80), (0.2, 0.6), (-15, 16), (-50, 50), *_WALLS, _room),
+    "heap": Layout(0.11, (40, 85), (0.3, 1.9), (-50, 14), (-50, 50), *_WALLS, _heap, 25.0),
+    "desk": Layout(0.11, (40, 70), (1.05, 1.7), (-50, -14), (-45, 45), *_WALLS, _desk),
+    "corridor": Layout(0.07, (50, 90), (0.8, 1.8), (-18, 6), (-22, 22), *_NARROW, _corridor),
+    "street": Layout(0.15, (50, 90), (1.2, 2.2), (-10, 4), (-18, 18), *_OPEN, _street, *_OUT),
+    "park": Layout(0.14, (45, 80), (0.8, 2.2), (-16, 4), (-60, 60), *_OPEN, _park, *_OUT),
     "yard": Layout(0.11, (45, 75), (0.8, 2.0), (-20, 3), (-30, 30), *_OPEN, _yard, *_OUT),
 }
 

@@ -25,7 +25,7 @@ class Light(NamedTuple):
     cloud: jax.Array  # [2] amount, size
     softness: jax.Array  # of the shadows' edges, in [0, 1]
     occlusion: jax.Array  # how much darker it is where things stand close
-    lens: jax.Array  # [10], see develop
+    lens: jax.Array  # [11], see develop
     frame: jax.Array  # [5] shares of the picture left, right, top, bottom; grey level
     seed: jax.Array  # uint32
 
@@ -71,14 +71,15 @@ def make_light(u, outdoor, centre, half, to_world) -> Light:
         [
             target,
             u[33],  # clipped or soft highlights
-            lerp(u[34], 0.8, 1.25),  # gamma
+            lerp(u[34], 0.8, 1.4),  # gamma
             lerp(u[35], 0.7, 1.6) * (u[36] > 0.05),  # saturation; some pictures are grey
             lerp(u[37], 0.85, 1.18),  # red and blue balance
             lerp(u[38], 0.85, 1.18),
             0.6 * u[39] ** 2,  # vignetting
-            lerp(u[40], 0.05, 0.5),  # blur: weight of the neighbours
+            0.4 * u[40] ** 2,  # blur: weight of the neighbours
             0.018 * u[41] ** 4,  # sensor noise
             0.08 * u[42] ** 3,  # black level, veil
+            u[61],  # how S-shaped the tone curve is
         ]
     )
     # Rectified pictures and screenshots have frames, black or white, seldom grey.

@@ -16,7 +16,7 @@ FAMILIES = {
     "plain": (1, 1, 1, 1, 0, 0, 0, 0.3, 0, 0, 0, 0.3, 0.3, 2, 0.7, 1.4),
     "stain": (1, 1, 1, 1, 0, 0, 0, 0.5, 0, 0, 0, 1.6, 0.1, 0.8, 0.5, 2),
     "grain": (1, 1, 1, 1, 0, 0, 0, 0.5, 0, 0, 0, 1.4, 0.01, 0.06, 0.5, 2),
-    "coarse": (1, 1, 1, 1, 0, 0, 0, 0.5, 0, 0, 0, 2.2, 0.2, 3.0, 0.7, 1.4),
+    "coarse": (1, 1, 1, 1, 0, 0, 0, 0.5, 0, 0, 0, 2.2, 0.06, 3.0, 0.7, 1.4),
     "leaves": (1, 1, 1, 1, 0, 0, 0, 0.5, 0, 0, 0, 2.6, 0.08, 0.5, 0.7, 1.4),
     "planks": (0.08, 0.2, 6, 12, 0.37, 0.02, 0.05, 0.3, 0.7, 0.6, 0, 0.9, 0.03, 0.06, 6, 15),
     "veneer": (1, 1, 1, 1, 0, 0, 0, 0.4, 0, 0, 0, 1.3, 0.2, 0.6, 0.05, 0.15),
@@ -30,12 +30,12 @@ FAMILIES = {
 # Roles of parts: hue lo, hi; saturation lo, hi; albedo lo, hi; the second colour's albedo ratio
 # lo, hi; its hue shift; emission lo, hi; gloss lo, hi; families, equally likely.
 MATERIALS = {
-    "paint": "0 1  0 .9  .03 .8  .4 1.8  .1  0 0  0 .5 | plain plain grain checker stripes",
-    "trim": "0 1  0 .5  .03 .85  .5 1.5  .1  0 0  0 .5 | plain plain plain veneer grain",
-    "wood": ".02 .12  .1 .75  .03 .6  .4 .9  .02  0 0  0 .4 | veneer veneer planks plain",
+    "paint": "0 1  0 .9  .03 .8  .15 4  .3  0 0  0 .5 | plain plain grain checker stripes print",
+    "trim": "0 1  0 .5  .03 .85  .3 2  .1  0 0  0 .5 | plain plain plain veneer grain",
+    "wood": ".02 .12  .1 .75  .03 .6  .25 .9  .02  0 0  0 .4 | veneer veneer planks plain",
     "metal": ".5 .7  0 .15  .02 .6  .5 1.5  0  0 0  .2 1 | plain",
-    "plastic": "0 1  0 .15  .3 .9  .6 1.2  .1  0 0  0 .5 | plain plain print",
-    "foliage": ".14 .38  .2 .85  .02 .3  .1 .6  .06  0 0  0 .1 | leaves",
+    "plastic": "0 1  0 .15  .3 .9  .2 1.2  .1  0 0  0 .5 | plain plain print",
+    "foliage": ".14 .38  .2 .85  .02 .4  .05 .5  .06  0 0  0 .1 | leaves",
     "bark": ".03 .12  .1 .5  .02 .3  .3 .7  .02  0 0  0 0 | grain stain",
     "facade": "0 1  0 .35  .01 .2  1.2 8  .1  0 0  0 .2 | storeys storeys storeys bricks planks",
     "roof": ".95 1.1  0 .6  .03 .4  .5 1.5  .02  0 0  0 .2 | bricks stripes stain",
@@ -43,17 +43,17 @@ MATERIALS = {
     "skin": "0.02 .08  .3 .6  .06 .6  .7 1  0  0 0  0 .2 | plain",
     "glow": ".05 .15  0 .4  .5 .9  .9 1  0  0 3  0 0 | plain",
     "window": ".5 .65  0 .4  .01 .6  .3 1.5  .1  0 4  .2 1 | plain stain coarse tiles",
-    "cloth": "0 1  0 .8  .02 .8  .3 1.8  .1  0 0  0 0 | plain grain stripes checker print",
+    "cloth": "0 1  0 .8  .02 .8  .15 4  .3  0 0  0 0 | plain grain stripes checker print",
     "picture": "0 1  0 .9  .02 .8  .1 4  .5  0 .6  0 .6 | print print stain plain",
-    "wall": "0 1  0 .55  .04 .9  .6 1.2  .05  0 0  0 .1 | plain plain stain stripes bricks tiles",
-    "floor": "0 .2  .05 .75  .03 .7  .3 1.5  .05  0 0  0 .7 | planks planks tiles grain checker",
+    "wall": "0 1  0 .55  .04 .9  .4 1.5  .05  0 0  0 .1 | plain plain stain stripes bricks tiles",
+    "floor": "0 .2  .05 .75  .03 .7  .2 2  .05  0 0  0 .7 | planks tiles grain checker print",
     "ceiling": ".05 .2  0 .15  .1 .9  .8 1.1  0  0 0  0 0 | plain plain tiles planks",
-    "ground": ".06 .32  .05 .7  .04 .45  .3 1.6  .06  0 0  0 .1 | coarse coarse leaves stain tiles",
+    "ground": ".06 .32  .05 .7  .04 .45  .15 3  .06  0 0  0 .1 | coarse coarse leaves stain tiles",
     "road": ".05 .7  0 .12  .03 .35  .6 1.3  0  0 0  0 .2 | coarse stain grain",
-    "card": ".06 .1  .35 .65  .12 .5  .7 1.1  0  0 0  0 0 | plain plain print",
+    "card": ".06 .1  .35 .65  .12 .5  .2 1.3  0  0 0  0 0 | plain plain print",
     "car": "0 1  0 .9  .01 .8  .9 1.1  0  0 0  .4 1 | plain",
     "marking": ".1 .16  0 .3  .3 .9  .6 .9  0  0 0  0 .1 | plain stain",
-    "stone": ".05 .15  0 .3  .04 .6  .5 1.4  .02  0 0  0 .2 | stain tiles grain bricks",
+    "stone": ".05 .15  0 .3  .04 .6  .25 2  .02  0 0  0 .2 | stain tiles grain bricks",
 }
 # Columns of a material.
 COLUMNS = (
@@ -83,7 +83,7 @@ def make_tint(u, outdoor):
 
     Real rooms are white on white and brown on brown: colour alone does not tell things apart.
     """
-    share = jnp.where(u[0] < 0.45, lerp(u[1], 0.3, 0.98), 0.0) * jnp.where(outdoor, 0.6, 1.0)
+    share = jnp.where(u[0] < 0.3, lerp(u[1], 0.3, 0.98), 0.0) * jnp.where(outdoor, 0.6, 1.0)
     hue = jnp.where(u[2] < 0.65, lerp(u[3], 0.02, 0.14), u[3])
     return share, hsv(hue, 0.5 * u[4] ** 1.5, log_lerp(u[5], 0.06, 0.9))
 

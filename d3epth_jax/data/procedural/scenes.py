@@ -18,6 +18,7 @@ from d3epth_jax.data.procedural.parts import PARTS, ROLES
 
 NEAR = 0.4  # metres around the camera that parts must leave free
 TILTED = 0.15  # share of indoor scenes whose camera is rolled much more than its layout says
+MOST_ROLL = math.radians(25)
 SQUARE_PIXELS = 0.4  # share of scenes whose pixels are square wherever others are not
 
 
@@ -132,6 +133,7 @@ def make_scene(
 
     fov, pitch, yaw, roll = (between(u[1 + i], table["angle"][i]) for i in range(4))
     roll = jnp.where((u[13] < TILTED) & ~table["outdoor"], 8 * roll, roll)
+    roll = jnp.clip(roll, -MOST_ROLL, MOST_ROLL)
     tint = materials.make_tint(u[14:20], table["outdoor"])
     low, high = table["length"][:, 0], table["length"][:, 1]
     lengths = low * (high / low) ** u[5:11]  # log-uniform

@@ -5,7 +5,7 @@ import numpy as np
 
 from d3epth_jax.data.procedural.render import render
 
-VERSION = 4  # one more whenever a scene of the same settings comes out differently
+VERSION = 5  # one more whenever a scene of the same settings comes out differently
 
 
 class ProceduralSource:
