@@ -18,8 +18,9 @@ def stage2(tiny: bool = False) -> ConfigDict:
     config.init = "nano"
     config.data.source.seed = 7201
     if not tiny:
-        config.train.steps = 7500
+        config.train.steps = 14_000
         config.schedule.warmup_steps = 100
+        config.eval.every = 1000
     return config
 
 
