@@ -17,7 +17,7 @@ from d3epth_jax.data.procedural.light import Light, make_light
 from d3epth_jax.data.procedural.parts import PARTS, ROLES
 
 NEAR = 0.4  # metres around the camera that parts must leave free
-TILTED = 0.15  # share of indoor scenes whose camera is rolled much more than its layout says
+TILTED = 0.15  # share of indoor scenes whose camera is rolled eight times as much, up to MOST_ROLL
 MOST_ROLL = math.radians(25)
 SQUARE_PIXELS = 0.4  # share of scenes whose pixels are square wherever others are not
 
