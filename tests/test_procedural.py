@@ -323,11 +323,13 @@ def test_resolution_changes_sampling_not_the_scene(many):
 def test_source(many):
     source = procedural.ProceduralSource(seed=0, height=HEIGHT, width=WIDTH, length=5)
     assert len(source) == 5
-    item = source[4]
-    assert {k: type(v) for k, v in item.items()} == dict.fromkeys(many, np.ndarray)
-    # All five: a pixel that flips on a shadow's edge takes 2 % of one picture along.
-    items = {name: np.stack([source[i][name] for i in range(5)]) for name in many}
-    assert_same_up_to_rounding(items, {k: v[:5] for k, v in many.items()})
+    items = [source[i] for i in range(5)]
+    for item, depth in zip(items, many["depth"], strict=False):
+        assert {k: type(v) for k, v in item.items()} == dict.fromkeys(many, np.ndarray)
+        np.testing.assert_allclose(item["depth"], depth, rtol=1e-4)
+    # Pictures together: a pixel that flips on a shadow's edge takes 2 % of one along.
+    together = {name: np.stack([item[name] for item in items]) for name in many}
+    assert_same_up_to_rounding(together, {k: v[:5] for k, v in many.items()})
     batch = source.batch(np.full(8, 4))
     for name in many:
         assert isinstance(batch[name], jax.Array)

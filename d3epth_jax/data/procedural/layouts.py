@@ -57,6 +57,7 @@ CLUTTER = "junk junk heap heap cups books cartons carton rug bins pot_plant"
 SUBJECT = SEATS + " person floor_lamp pot_plant ladder carton cartons table drawers junk"
 SUBJECT += 7 * " nothing"
 _FLAT = (-8.0, 8.0)
+_FRAMES = Slot("pictures pictures window nothing", WALL, (0.0, 1.0), y=(-0.4, 0.4), turn=(0, 0))
 
 _room = (
     Slot(TALL, WALL, (0.0, 1.0)),
@@ -77,7 +78,7 @@ _room = (
         turn=(0, 0),
     ),
     Slot("partition pillar nothing nothing nothing", PLAN, (-1.5, 1.5), (2.0, 5.0), turn=_FLAT),
-    Slot("pictures pictures window nothing", WALL, (0.0, 1.0), y=(-0.4, 0.4), turn=(0, 0)),
+    _FRAMES,
     Slot(CLUTTER, VIEW, (-1.0, 1.0), (0.8, 4.0)),
     Slot(CLUTTER + " " + SEATS, VIEW, (-1.0, 1.0), (1.5, 5.0)),
 )
@@ -104,7 +105,7 @@ _desk = (
     Slot(ON_WALL, WALL, (0.0, 1.0), y=(-0.15, 0.2), turn=(0, 0)),
     Slot("junk rack nothing nothing", VIEW, (-1.0, 1.0), (2.5, 5.0)),
     Slot("books cups", ON_FIRST, (-0.8, 0.8), (-0.8, 0.8)),
-    Slot("pictures pictures window nothing", WALL, (0.0, 1.0), y=(-0.4, 0.4), turn=(0, 0)),
+    _FRAMES,
     Slot(CLUTTER, VIEW, (-1.0, 1.0), (1.5, 5.0)),
 )
 _corridor = (
