@@ -56,7 +56,11 @@ def add_bench(commands) -> None:
     add("--dtype", choices=("float32", "bfloat16"), help="default float32; --all: bfloat16")
     add("--fold", choices=("yes", "no", "both"), help="default yes; --all: both")
     add("--no-remat", action="store_true", help="training keeps all activations")
-    add("--compare", choices=("diffusers",), help="the same weights through it, alternating")
+    add(
+        "--compare",
+        choices=("diffusers",),
+        help="the same weights through it, alternating; with --fold both beside the folded ones",
+    )
     add("--runs", type=int, default=7, metavar="N", help="the median of so many")
     add("--ahead", type=int, default=1, metavar="N",
         help="so many models, or training steps, are read and compiled together, models in the"
@@ -102,7 +106,7 @@ def bench(args: argparse.Namespace) -> int:
             with bench_measure.ready_together(wave) as models:
                 for (label, job), ready in zip(wave, models, strict=True):
                     bench_measure.say(f"{label} ...")
-                    now = bench_measure.measured(job, args, *ready) | _when()
+                    now = bench_measure.measured(job, args, *ready) | when()
                     rows = _in_order(_replaced(rows, job, now), jobs)
                     _save(args, rows)
                     if "error" in now and ready:  # alone it may find the memory
@@ -144,10 +148,10 @@ def _measured_before(args: argparse.Namespace) -> list[dict]:
     return rows
 
 
-def _when() -> dict:
+def when(program: str = "d3epth") -> dict:
     """What a row says of its making: files may hold those of several calls."""
     now = datetime.datetime.now().astimezone().isoformat(timespec="seconds")
-    return {"date": now, "command": " ".join(["d3epth", *sys.argv[1:]]), "code": _code()}
+    return {"date": now, "command": " ".join([program, *sys.argv[1:]]), "code": _code()}
 
 
 def _code() -> str:

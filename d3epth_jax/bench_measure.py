@@ -168,7 +168,7 @@ def _compare(job, args, ours, theirs, folder: pathlib.Path, saved: str, row: dic
     """
     import numpy as np
 
-    from d3epth_jax.bench_worker import random_picture
+    from d3epth_jax.bench_worker import WorkerError, random_picture
 
     picture = str(folder / "picture.npy")
     np.save(picture, random_picture(job["size"]))
@@ -180,6 +180,11 @@ def _compare(job, args, ours, theirs, folder: pathlib.Path, saved: str, row: dic
         dtype=job["dtype"],
         steps=row["steps"],
     )
+    if (row["platform"] == "cpu") != (row["theirs"]["device"] == "cpu"):
+        raise WorkerError(
+            f"JAX computes on {row['device']}, torch on {row['theirs']['device']}: install both for"
+            " the same device, or hide the other one (CUDA_VISIBLE_DEVICES=)"
+        )
     result = row["compare"] = {}
     for variant in row["theirs"]["variants"]:
         theirs.ask("prepare", variant=variant)

@@ -59,6 +59,8 @@ def plan(args: argparse.Namespace, problems: Sequence[str] = ()) -> list[dict]:
             for model in models
             if exists(model) and model not in beside
         ]
+    if args.compare and "predict" not in what:
+        problems.append("--compare diffusers is of predictions: add predict to --what")
     absent = [package for package in PACKAGES if importlib.util.find_spec(package) is None]
     if args.compare and absent:
         problems.append(

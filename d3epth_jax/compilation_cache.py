@@ -16,7 +16,14 @@ def use_compilation_cache() -> None:
     first: JAX_COMPILATION_CACHE_DIR names another folder, JAX_ENABLE_COMPILATION_CACHE=false
     switches it off. Where the folder cannot be written all goes on without, and a line says so.
     """
-    if jax.config.jax_compilation_cache_dir or not jax.config.jax_enable_compilation_cache:
+    if not jax.config.jax_enable_compilation_cache:
+        return
+    # Also the many small ones: on a CPU the smallest model's take a second all together.
+    for threshold, least in (("min_compile_time_secs", 0.0), ("min_entry_size_bytes", 0)):
+        name = f"jax_persistent_cache_{threshold}"
+        if name.upper() not in os.environ:
+            jax.config.update(name, least)
+    if jax.config.jax_compilation_cache_dir:
         return
     try:
         home = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
@@ -29,6 +36,3 @@ def use_compilation_cache() -> None:
         log.info("compiled programs are not kept for the next run: %s", error)
         return
     jax.config.update("jax_compilation_cache_dir", str(folder))
-    # Also the many small ones: on a CPU the smallest model's take a second all together.
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-    jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)

@@ -14,7 +14,7 @@ from d3epth_jax import losses, optim, runs, sharding, training_data, weighting
 from d3epth_jax.checkpoint import Checkpoints
 from d3epth_jax.models import presets
 from d3epth_jax.models.config import TinyAutoencoderConfig
-from d3epth_jax.models.depth_model import DepthModel, count_params, init_params
+from d3epth_jax.models.depth_model import COMPUTE_TYPES, DepthModel, count_params, init_params
 from d3epth_jax.stages import latent, pixel
 from d3epth_jax.train_state import init_train_state, merge, split_trainable
 from d3epth_jax.typing import Params
@@ -62,11 +62,17 @@ def _check_choices(config) -> None:
         parts = {f"model.{p}": config.model[p] for p in ("unet", "encoder", "decoder")}
         choices |= {name: (value, ("own", "teacher")) for name, value in parts.items()}
         choices["model preset"] = (config.model.preset, sorted(presets.PRESETS))
+    choices["model.dtype"] = (config.model.dtype, COMPUTE_TYPES)
     choices["optim.moments"] = (config.optim.moments, optim.MOMENTS)
     problems = [
         f"unknown {name} {value!r}: choose one of {list(known)}"
         for name, (value, known) in choices.items()
         if value not in known
+    ]
+    problems += [
+        f"{group}.{name} is at least 1, not {config[group][name]}"
+        for group, name in (("data", "batch_size"), ("train", "accumulate"))
+        if config[group][name] < 1
     ]
     resolution, aspect = config.model.processing_resolution, config.model.processing_aspect
     if aspect is not None and not (aspect > 0 and resolution):

@@ -129,13 +129,12 @@ def test_no_more_logits_are_kept_for_the_backward_pass():
 
 
 @pytest.mark.parametrize(
-    ("capability", "dtype", "depth", "keys", "masked", "fused"),
+    ("capability", "dtype", "depth", "tokens", "masked", "fused"),
     [
         ("8.0", jnp.bfloat16, 64, 16, False, True),
         ("12.0", jnp.bfloat16, 128, 20, False, True),
         ("9.0", jnp.bfloat16, 136, 20, False, False),
         ("9.0", jnp.bfloat16, 60, 20, False, False),  # cudnn takes multiples of 8
-        ("9.0", jnp.bfloat16, 64, 2, False, False),  # an empty prompt
         ("9.0", jnp.bfloat16, 64, 15, False, False),
         ("9.0", jnp.float32, 64, 20, False, False),
         ("9.0", jnp.bfloat16, 64, 20, True, False),
@@ -145,7 +144,7 @@ def test_no_more_logits_are_kept_for_the_backward_pass():
     ],
 )
 def test_the_fused_kernel_is_chosen_where_it_can_be(
-    monkeypatch, capability, dtype, depth, keys, masked, fused
+    monkeypatch, capability, dtype, depth, tokens, masked, fused
 ):
     seen = []
 
@@ -157,10 +156,13 @@ def test_the_fused_kernel_is_chosen_where_it_can_be(
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu" if capability else "cpu")
     monkeypatch.setattr(jax, "devices", lambda: [device])
     monkeypatch.setattr(jax.nn, "dot_product_attention", kernel)
-    q, k = (jax.ShapeDtypeStruct((1, n, 2, depth), dtype) for n in (4, keys))
-    mask = np.ones((4, keys), bool) if masked else None
-    jax.eval_shape(lambda q, k: attention(q, k, k, mask), q, k)
+    x = jax.ShapeDtypeStruct((1, tokens, 2, depth), dtype)
+    mask = np.ones((tokens, tokens), bool) if masked else None
+    jax.eval_shape(lambda x: attention(x, x, x, mask), x)
     assert seen == (["cudnn"] if fused else [])
+    prompt = jax.ShapeDtypeStruct((1, 77, 2, depth), dtype)
+    jax.eval_shape(lambda x, prompt: attention(x, prompt, prompt), x, prompt)
+    assert len(seen) == fused, "a prompt is not split over devices as the pictures are"
 
 
 @pytest.mark.skipif(jax.default_backend() != "gpu", reason="cuDNN needs an NVIDIA GPU")
@@ -178,6 +180,11 @@ def test_the_fused_kernel_gives_the_same_numbers_and_gradients():
 
     for ours, fused in zip(both("chunked"), both("cudnn"), strict=True):
         assert np.abs(fused - ours).max() < 0.02 * np.abs(ours).max()  # bfloat16 has 8 bits
+
+
+def test_a_mask_is_not_dropped_by_the_fused_kernel():
+    with pytest.raises(ValueError, match="takes no mask"):
+        attention(*arrays(), np.ones((QUERIES, KEYS), bool), implementation="cudnn")
 
 
 def test_unknown_implementations_are_refused():

@@ -128,6 +128,12 @@ def test_all_problems_are_told_at_once(monkeypatch, capsys, tmp_path):
         assert problem in told
 
 
+def test_a_comparison_that_nothing_asks_for_is_refused(capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["bench", "d2_base", "--what", "stage2", "--compare", "diffusers"])
+    assert "--compare diffusers is of predictions: add predict" in capsys.readouterr().err
+
+
 def test_all_is_everything_an_accelerator_is_to_show(measured, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert cli.main(["bench", "--all"]) == 0

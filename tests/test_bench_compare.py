@@ -3,8 +3,10 @@
 import json
 import subprocess
 import sys
+import types
 
 import numpy as np
+import pytest
 
 from d3epth_jax import bench_measure, cli, macs
 from d3epth_jax.bench_worker import WorkerError, random_picture
@@ -23,12 +25,12 @@ def test_each_measured_turn_follows_one_that_is_not_and_memory_the_pipeline(tmp_
             asked.append((self.name, request.get("part", do)))
             if save:
                 np.save(save, np.ones(3))
-            return {"seconds": float(len(asked)), "variants": ["eager"]}
+            return {"seconds": float(len(asked)), "variants": ["eager"], "device": "cpu"}
 
     np.save(tmp_path / "ours.npy", np.zeros(3))
     ours, theirs = FakeWorker("ours"), FakeWorker("theirs")
     job = {"size": [8, 8], "batch": 1, "dtype": "float32", "model": "m"}
-    row = {"steps": 1, "macs": dict.fromkeys(macs.PARTS)}
+    row = {"steps": 1, "macs": dict.fromkeys(macs.PARTS), "platform": "cpu"}
     bench_measure._compare(job, arguments(), ours, theirs, tmp_path, "", row)
     found = row["compare"]["eager"]
 
@@ -56,6 +58,16 @@ def test_a_variant_that_fails_leaves_those_measured_before(tmp_path, monkeypatch
     job = {"what": "predict", "model": "d3_fast", "size": [8, 8], "batch": 1, "dtype": "float32"}
     row = bench_measure._predict(job | {"fold": True, "compared": True}, arguments())
     assert set(row["compare"]) == {"eager"} and row["error"] == "diffusers: no compiler"
+
+
+@pytest.mark.parametrize("ours, theirs", [("gpu", "cpu"), ("cpu", "NVIDIA H200"), ("tpu", "cpu")])
+def test_a_cpu_is_not_compared_with_an_accelerator(tmp_path, ours, theirs):
+    worker = types.SimpleNamespace(ask=lambda *_, **__: {"device": theirs, "variants": ["eager"]})
+    job = {"size": [8, 8], "batch": 1, "dtype": "float32", "model": "m"}
+    row = {"steps": 1, "platform": ours, "device": "ours"}
+    with pytest.raises(WorkerError, match=f"JAX computes on ours, torch on {theirs}"):
+        bench_measure._compare(job, arguments(), worker, worker, tmp_path, "", row)
+    assert "compare" not in row
 
 
 def test_diffusers_unet_takes_all_steps_and_memory_begins_when_it_is_prepared(

@@ -53,6 +53,12 @@ def test_the_second_process_finds_what_the_first_compiled(tmp_path):
 def test_jaxs_own_settings_come_first(tmp_path):
     elsewhere = str(tmp_path / "elsewhere")
     assert elsewhere in python(tmp_path, "-c", CHILD, JAX_COMPILATION_CACHE_DIR=elsewhere).stdout
+    again = python(tmp_path, "-c", CHILD, JAX_COMPILATION_CACHE_DIR=elsewhere).stdout.split()
+    assert again[-1] == "0", "what compiles fast is kept there, too"
+    slow = {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "60"}
+    assert [python(tmp_path / "slow", "-c", CHILD, **slow).stdout.split()[-2] for _ in "ab"] == [
+        *("0", "0")
+    ], "nothing takes that long, so nothing is kept"
     off = python(tmp_path, "-c", CHILD, JAX_ENABLE_COMPILATION_CACHE="false")
     assert off.stdout.startswith("None")
     assert not (tmp_path / "d3epth_jax").exists()

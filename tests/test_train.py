@@ -362,6 +362,8 @@ def test_every_broken_pair_is_reported_before_training(tmp_path):
         ({"trainable": ("unet/", "nett/")}, "match no parameter: .'nett/'."),
         ({"data.batch_size": 3}, "not a multiple of the 2 devices"),
         ({"train.accumulate": 4}, "micro-batches"),
+        ({"train.accumulate": 0}, "train.accumulate is at least 1, not 0"),
+        ({"model.dtype": "bf16"}, "unknown model.dtype 'bf16'.*float32.*bfloat16"),
         ({"model.decoder": "teacher"}, "there is no teacher"),
         ({"model.preset": "d4"}, "unknown model preset 'd4'"),
         ({"weighting.name": "gradnorm"}, "unknown weighting 'gradnorm'"),

@@ -17,6 +17,8 @@ import numpy as np
 
 from configs import stage2
 from d3epth_jax import from_config, sharding, train
+from d3epth_jax.bench import device
+from d3epth_jax.bench_cli import when
 from d3epth_jax.bench_train import planned
 from d3epth_jax.models import presets
 from d3epth_jax.models.depth_model import DepthModel, abstract_params
@@ -90,4 +92,5 @@ if __name__ == "__main__":
     parser.add_argument(
         "width", metavar="WIDTH", nargs="?", type=float, choices=(1, 0.25), default=1
     )
-    print(json.dumps(main(parser.parse_args().width)))
+    counted = main(parser.parse_args().width)
+    print(json.dumps(counted | device() | when("python -m tests.train_memory")))

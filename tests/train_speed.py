@@ -15,6 +15,7 @@ import os
 import shutil
 import sys
 
+from d3epth_jax.bench_cli import when
 from d3epth_jax.bench_worker import Worker
 
 WANTED = {"cpu": 0.8, "gpu": 1.0}  # torch's time / ours
@@ -69,4 +70,5 @@ def ratio(seconds: dict[str, float]) -> float:
 
 if __name__ == "__main__":
     arguments = [word for word in sys.argv[1:] if word != "--parts"]
-    print(json.dumps(main(*map(int, arguments), parts="--parts" in sys.argv)))
+    found = main(*map(int, arguments), parts="--parts" in sys.argv)
+    print(json.dumps(found | when("python -m tests.train_speed")))

@@ -17,6 +17,7 @@ from d3epth_jax.models.vae import KLDecoder, KLEncoder
 from d3epth_jax.schedule import NoiseSchedule
 from d3epth_jax.typing import Params
 
+COMPUTE_TYPES = ("float32", "bfloat16")  # in float16 activations of Stable Diffusion overflow
 AutoencoderConfig = AutoencoderKLConfig | TinyAutoencoderConfig
 
 
@@ -38,7 +39,7 @@ class DepthModel:
       starts_at_zero: inference starts from zero latents whatever the number of steps.
       prompt_padding: of the empty prompt, "do_not_pad" or "max_length".
       base: what the weights come from, OWNER/NAME@COMMIT or a folder's name; "" for nothing.
-      dtype: compute type of the networks, "float32" or "bfloat16"; parameters stay float32.
+      dtype: compute type of the networks, one of COMPUTE_TYPES; parameters stay float32.
       remat: recompute activations in the backward pass instead of keeping them.
       folding: what the parameters have folded into them.
     """
@@ -59,6 +60,8 @@ class DepthModel:
     folding: Folding = NOT_FOLDED
 
     def __post_init__(self):
+        if self.dtype not in COMPUTE_TYPES:
+            raise ValueError(f"unknown compute type {self.dtype!r}: choose one of {COMPUTE_TYPES}")
         latent = self.autoencoder.latent_channels
         if self.unet.in_channels not in (latent, 2 * latent) or self.unet.out_channels != latent:
             raise ValueError(
