@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from d3epth_jax.typing import Depth, Flags, Mask, PerImage
+from d3epth_jax.typing import Depth, Flags, Mask, PerImage, check_maps
 
 SPACES = ("depth", "disparity", "sqrt_disparity")
 _PIXELS = (1, 2, 3)
@@ -71,8 +71,10 @@ def fit_scale_shift(
 
     Masked pixels never matter, NaN and Inf included. valid is False with fewer than `min_valid`
     pixels or where prediction or target is constant; a constant prediction has scale 0 and shift
-    mean(d). Gradients are finite everywhere.
+    mean(d). Gradients are finite everywhere if the unmasked predictions and targets are. ValueError
+    for other shapes than [B,H,W,1] alike, and for a mask that is not boolean.
     """
+    check_maps(pred, target, mask)
     centred, mean = centre(pred, mask)
     centred_target, mean_target = centre(target, mask)
     scale, valid = _fit(pred, centred, target, centred_target, mask, min_valid)
@@ -91,14 +93,23 @@ def aligned_residual(
 
     Formed as scale p' - d' from centred values: `scale p + shift - d` would cancel where an offset
     is large against the spread. `stop_gradient_alignment` makes scale and shift constants to the
-    gradient. Without a fit the scale is 0 and the residual is the honest mean(d) - d.
+    gradient. Without a fit the scale is 0 and the residual is the honest mean(d) - d. ValueError as
+    of `fit_scale_shift`.
+
+    An image with an unmasked target that is NaN or infinite, as a sky's, has a residual of NaN, is
+    not valid, and has no gradient. One with such a prediction has a gradient of NaN, to be noticed.
     """
+    check_maps(pred, target, mask)
+    known = jnp.isfinite(target)
+    measured = (known | ~mask).all(_PIXELS)
     centred, _ = centre(pred, mask, stop_gradient_alignment)
-    centred_target, _ = centre(target, mask)
+    centred_target, _ = centre(jnp.where(known, target, 0), mask)
     scale, valid = _fit(pred, centred, target, centred_target, mask, min_valid)
     if stop_gradient_alignment:
         scale = jax.lax.stop_gradient(scale)
-    return scale[:, None, None, None] * centred - centred_target, scale, valid
+    residual = scale[:, None, None, None] * centred - centred_target
+    residual = jnp.where(measured[:, None, None, None], residual, jnp.nan)
+    return residual, scale, valid & measured
 
 
 def _fit(

@@ -13,6 +13,7 @@ from d3epth_jax.weights.download import may_be_read
 log = logging.getLogger(__name__)
 
 BASELINES = ("constant", "ramp", "mean map")
+LEAST = {"num_images": 0, "num_pictures": 0, "batch_size": 1}  # of the evaluation's settings
 # Of the evaluation's settings: what replaces the protocol's own value, where it is set.
 CHANGES = (
     "min_depth",
@@ -29,6 +30,7 @@ def run(config, workdir: pathlib.Path) -> None:
     """Writes evaluation.{csv,json,md,png} and evaluation_worst.png and prints the table."""
     check(config)
     require_models(config)
+    workdir.mkdir(parents=True, exist_ok=True)  # what cannot be written to is told before the work
     source = data.make_source(**config.eval.source)
     predictors = make_predictors(config, source)
     models, predictions = wanted(config)
@@ -55,9 +57,18 @@ def protocol_of(settings) -> Protocol:
     return make_protocol(settings.protocol, **{key: settings.get(key) for key in CHANGES})
 
 
+def too_small(settings, name: str, **least: float) -> list[str]:
+    """What is wrong with the numbers of a group of settings, `name`, that have a least value."""
+    return [
+        f"{name}.{key} is at least {bound}, not {settings[key]}"
+        for key, bound in least.items()
+        if settings[key] < bound
+    ]
+
+
 def check(config) -> None:
     """Raises ValueError for what is wrong with the settings whatever the models are."""
-    problems = []
+    problems = too_small(config.eval, "eval", **LEAST)
     if unknown := set(config.baselines) - set(BASELINES):
         problems.append(f"unknown baselines {sorted(unknown)}: choose from {list(BASELINES)}")
     models, predictions = wanted(config)

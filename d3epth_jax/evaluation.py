@@ -139,8 +139,10 @@ class Results:
             },
         }
         for end, pictures in (("", self.pictures), ("_worst", self.worst)):
+            path = directory / f"{name}{end}.png"
+            path.unlink(missing_ok=True)  # an evaluation before may have made one
             if pictures is not None:
-                image_lib.save_png(directory / f"{name}{end}.png", pictures)
+                image_lib.save_png(path, pictures)
         # Last, and whole or not at all: where it is, all is there.
         with atomic.replacing(directory / f"{name}.json") as partial:
             partial.write_text(json.dumps(summary, indent=2) + "\n")

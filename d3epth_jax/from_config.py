@@ -12,6 +12,8 @@ from ml_collections import ConfigDict
 
 from d3epth_jax import losses, optim, runs, sharding, training_data, weighting
 from d3epth_jax.checkpoint import Checkpoints
+from d3epth_jax.evaluate import LEAST as EVALUATED
+from d3epth_jax.evaluate import too_small
 from d3epth_jax.models import presets
 from d3epth_jax.models.config import TinyAutoencoderConfig
 from d3epth_jax.models.depth_model import COMPUTE_TYPES, DepthModel, count_params, init_params
@@ -69,11 +71,11 @@ def _check_choices(config) -> None:
         for name, (value, known) in choices.items()
         if value not in known
     ]
-    problems += [
-        f"{group}.{name} is at least 1, not {config[group][name]}"
-        for group, name in (("data", "batch_size"), ("train", "accumulate"))
-        if config[group][name] < 1
-    ]
+    counts = {"steps": 1, "accumulate": 1, "log_every": 1, "checkpoint_every": 1}
+    problems += too_small(config.data, "data", batch_size=1)
+    problems += too_small(config.train, "train", **counts)
+    problems += too_small(config.eval, "eval", every=1, **EVALUATED)
+    problems += too_small(config.schedule, "schedule", learning_rate=0)
     resolution, aspect = config.model.processing_resolution, config.model.processing_aspect
     if aspect is not None and not (aspect > 0 and resolution):
         problems.append(

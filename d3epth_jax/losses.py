@@ -3,7 +3,8 @@
 Pixel space: the shift-and-scale-invariant loss and the edge-aware gradient Huber loss, which
 together are the Hybrid Depth Loss of D^3epth (Chuang et al., ACML 2025; the second one's form is
 our reading, the paper gives its name). Latent space: output and feature distillation.
-Predictions and targets are [B,H,W,1] in any float type, masks boolean, True where depth is known.
+Predictions and targets are [B,H,W,1] in any float type, masks boolean, True where depth is known;
+ValueError for others. A pixel without depth, a sky's for instance, must not be in the mask.
 """
 
 from collections.abc import Sequence
@@ -14,7 +15,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from d3epth_jax.alignment import aligned_residual, masked_mean
-from d3epth_jax.typing import Depth, Flags, Latent, Mask, PerImage
+from d3epth_jax.typing import Depth, Flags, Latent, Mask, PerImage, check_mask
 
 PENALTIES = ("l1", "trimmed_l1")
 IMAGE_WEIGHTS = ("valid", "pixels")
@@ -130,7 +131,14 @@ def latent_distillation(
     """Mean squared error of a latent over its valid cells and all channels -> [B].
 
     mask: cells, from `targets.latent_mask`; None means all. 0 for an image without a valid cell.
+    ValueError for latents of different shapes, a mask of another, or one that is not boolean.
     """
+    cells = (*pred_latent.shape[:3], 1)
+    if pred_latent.shape != target_latent.shape or (mask is not None and mask.shape != cells):
+        shapes = [list(x.shape) for x in (pred_latent, target_latent, mask) if x is not None]
+        raise ValueError(f"latents must be [B,h,w,C] alike and their mask [B,h,w,1], not {shapes}")
+    if mask is not None:
+        check_mask(mask)
     pred, target = pred_latent.astype(jnp.float32), target_latent.astype(jnp.float32)
     if mask is None:
         mask = jnp.ones((*pred.shape[:3], 1), bool)
@@ -169,6 +177,7 @@ def image_weights(mask: Mask, valid: Flags, *, kind: str = "valid") -> PerImage:
     kind "valid": each image alike; "pixels": its number of valid pixels (E2E-FT, for metric
     targets). ValueError for another kind.
     """
+    check_mask(mask)
     if kind not in IMAGE_WEIGHTS:
         raise ValueError(f"unknown kind {kind!r}; choose one of {', '.join(IMAGE_WEIGHTS)}")
     weights = mask.sum(_PIXELS) if kind == "pixels" else jnp.ones(valid.shape)
@@ -178,7 +187,8 @@ def image_weights(mask: Mask, valid: Flags, *, kind: str = "valid") -> PerImage:
 def batch_sums(losses: PerImage, weights: PerImage) -> tuple[Float[Array, ""], Float[Array, ""]]:
     """(sum n_b L_b, sum n_b), to be added up over micro-batches and devices before dividing.
 
-    An image of weight 0 takes no part whatever its loss is, NaN included.
+    An image of weight 0 takes no part whatever its loss is, NaN included; only a prediction that is
+    NaN itself still makes the gradient NaN.
     """
     counted = jnp.where(weights > 0, losses, 0)
     return (weights * counted).sum(), weights.sum()

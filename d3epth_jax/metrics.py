@@ -3,12 +3,15 @@
 The protocol of Marigold (Ke et al., CVPR 2024): fit, clip, measure, average over images. An image
 without a valid pixel has metrics NaN, never a silent 0. Float64, since a prediction with a large
 offset has lost its digits in float32; in blocks of rows, so that an ETH3D picture of 24 megapixels
-needs no more memory than its arrays. Arrays are [B,H,W,1], of any float type.
+needs no more memory than its arrays. Arrays are [B,H,W,1], of any float type, masks boolean; all
+functions raise ValueError for others.
 """
 
 from collections.abc import Callable, Iterator
 
 import numpy as np
+
+from d3epth_jax.typing import check_maps
 
 # Depth to the power of this is what a space holds (METHOD 2).
 EXPONENT = {"depth": 1.0, "disparity": -1.0, "sqrt_disparity": -0.5}
@@ -226,11 +229,9 @@ def depth_boundary_errors(pred: np.ndarray, true_edges: np.ndarray) -> dict[str,
 
 
 def _images(*arrays) -> Iterator[tuple[np.ndarray, ...]]:
-    """The images of a batch, [H,W,1] each; ValueError if the arrays have different shapes."""
+    """The images of prediction, depth and mask, [H,W,1] each; ValueError as of `check_maps`."""
     arrays = [np.asarray(array) for array in arrays]
-    if arrays[0].ndim != 4 or len({array.shape for array in arrays}) > 1:
-        shapes = ", ".join(str(list(array.shape)) for array in arrays)
-        raise ValueError(f"prediction, depth and mask must be of one shape [B,H,W,1], not {shapes}")
+    check_maps(*arrays)
     return zip(*arrays, strict=True)
 
 

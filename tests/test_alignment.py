@@ -5,7 +5,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from d3epth_jax import alignment
+from d3epth_jax import alignment, losses
+from d3epth_jax.metrics import boundary_f1
 
 fit = jax.jit(alignment.fit_scale_shift)
 aligned = jax.jit(alignment.aligned_residual)
@@ -182,3 +183,41 @@ def test_unknown_space_names_the_choices():
     for convert in (alignment.to_space, alignment.from_space):
         with pytest.raises(ValueError, match="depth, disparity, sqrt_disparity"):
             convert(jnp.ones((1, 2, 2, 1)), "log")
+
+
+def test_a_target_that_is_not_finite_within_the_mask_takes_no_part():
+    """A sky of infinite depth under `mask = depth > 0`."""
+    pred, target, mask = map(jnp.asarray, sample())
+    known = mask.at[:2, 0, 0].set(True)
+    for filler in (np.nan, np.inf):
+        sky = target.at[0, 0, 0].set(filler)
+        residual, _, valid = aligned(pred, sky, known)
+        assert np.isnan(residual[0]).all() and not valid[0] and valid[1:].all()
+
+        def loss(pred, sky=sky):
+            terms = losses.hybrid_depth(pred, sky, known)
+            return losses.batch_mean(terms["ssi"] + terms["edge"], terms["valid"])
+
+        gradient = jax.jit(jax.grad(loss))(pred)
+        assert not gradient[0].any() and gradient[1:].any() and np.isfinite(gradient).all()
+        broken = jax.jit(jax.grad(loss))(pred.at[1, 0, 0].set(np.nan))
+        assert np.isnan(broken[1]).any(), "a broken prediction is noticed"
+
+
+def test_maps_that_would_broadcast_or_weigh_are_refused():
+    pred, target, mask = sample()
+    turned = [np.moveaxis(x, -1, 1) for x in (pred, target, mask)]
+    for wrong in (
+        (pred, target[:1], mask),
+        (pred, np.repeat(target, 3, -1), mask),
+        (pred[:, :1, :1], target, mask),
+        (pred[..., 0], target[..., 0], mask[..., 0]),
+        turned,  # [B,1,H,W], as torch has them
+    ):
+        for function in (alignment.fit_scale_shift, losses.hybrid_depth, boundary_f1):
+            with pytest.raises(ValueError, match=r"must be of one shape \[B,H,W,1\], not \[\d"):
+                function(*wrong)
+    for kind in (np.uint8, np.float32):
+        for function in (alignment.fit_scale_shift, losses.hybrid_depth, boundary_f1):
+            with pytest.raises(ValueError, match=r"a mask is boolean, .* not (uint8|float32)"):
+                function(pred, target, mask.astype(kind))

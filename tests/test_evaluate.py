@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
+from configs import common
 from configs import eval as eval_config
-from d3epth_jax import baselines, evaluation, image
+from d3epth_jax import baselines, evaluate, evaluation, image
 from d3epth_jax.data.sources.folder import folder
 from d3epth_jax.evaluate import make_predictors, model_predictor, saved_predictions
 from d3epth_jax.evaluation import Predictor
@@ -216,3 +217,17 @@ def test_baselines_also_come_in_the_space_that_something_is_aligned_in(pairs, tm
         np.testing.assert_allclose(column[:, 0, 0], [1, 1.25, 1.5, 1.75])
         assert results.mean("other") < 1e-4 < results.mean("ramp in sqrt_disparity")
         assert results.mean("constant in sqrt_disparity") < results.mean("constant")
+
+
+def test_what_cannot_be_evaluated_or_written_is_told_before_the_work(tmp_path, monkeypatch):
+    monkeypatch.setattr(evaluate, "evaluate", lambda *_, **__: pytest.fail("it was evaluated"))
+    config = eval_config.get_config()
+    config.eval.source = common.procedural(1, 2, height=16, width=24)
+    config.baselines, config.models = ("ramp",), {}
+    (tmp_path / "file").write_text("")
+    with pytest.raises(FileExistsError, match="file"):
+        evaluate.run(config, tmp_path / "file")
+    config.eval.update(num_images=-3, num_pictures=-1, batch_size=0)
+    told = "num_images is at least 0, not -3\n.*num_pictures is .*\n.*batch_size is at least 1"
+    with pytest.raises(ValueError, match=told):
+        evaluate.run(config, tmp_path)

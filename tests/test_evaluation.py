@@ -1,6 +1,7 @@
 """Evaluation: perfect, trivial, saved and shuffled predictors; tables; the real pairs' scores."""
 
 import csv
+import dataclasses
 import json
 import subprocess
 import sys
@@ -122,6 +123,8 @@ def test_files_hold_every_image_and_the_galleries(tmp_path):
         saved = image.load(tmp_path / f"evaluation{name}.png")
         np.testing.assert_array_equal(saved, pictures)
     assert results.worst.shape[0] > results.pictures.shape[0]  # three rows, two rows
+    dataclasses.replace(results, pictures=None).save(tmp_path)
+    assert not (tmp_path / "evaluation.png").exists(), "of other numbers than those beside it"
 
 
 def test_the_worst_images_of_the_first_predictor_are_pictured(monkeypatch):

@@ -297,6 +297,11 @@ def test_latent_distillation_is_a_masked_mean_square():
     broken = jnp.where(cells, goal, jnp.nan)
     np.testing.assert_array_equal(losses.latent_distillation(ours, broken, cells), value)
     np.testing.assert_array_equal(gradient(ours, broken), gradient(ours, goal))
+    for wrong in ((ours, goal[..., :1]), (ours, goal, cells[:1]), (ours, goal[:1], cells)):
+        with pytest.raises(ValueError, match=r"latents must be .* alike"):
+            losses.latent_distillation(*wrong)
+    with pytest.raises(ValueError, match="a mask is boolean"):
+        losses.latent_distillation(ours, goal, cells.astype(np.uint8))
     nothing = losses.latent_distillation(ours, goal, jnp.zeros_like(cells))
     np.testing.assert_array_equal(nothing, 0)
     assert losses.latent_distillation(ours.astype(jnp.bfloat16), goal).dtype == jnp.float32

@@ -74,6 +74,9 @@ def test_settings_that_make_no_sense_are_told_at_once(roots):
     config = mixture(roots)
     config.data.crop = "left"
     config.data.flip = 2.0
+    config.data.batch_size = config.train.log_every = config.eval.every = 0
+    config.eval.num_images = -3
+    config.schedule.learning_rate = -1e-3
     config.data.also.streets.share = 1.0
     config.data.also["a/b"] = common.other(0.1, common.procedural(1, 10), 16, 16)
     config.data.also.main = common.other(0.1, common.folder("DIR"), 16, 16)
@@ -82,6 +85,11 @@ def test_settings_that_make_no_sense_are_told_at_once(roots):
     for words in (
         "unknown data.crop 'left'",
         "data.flip is a probability, not 2.0",
+        "data.batch_size is at least 1, not 0",
+        "train.log_every is at least 1, not 0",
+        "eval.every is at least 1, not 0",
+        "eval.num_images is at least 0, not -3",
+        "schedule.learning_rate is at least 0, not -0.001",
         "data.also.a/b: a name of letters",
         "rendered scenes are made in whole batches",
         "'main' is what `data` itself is called",

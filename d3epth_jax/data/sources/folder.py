@@ -104,7 +104,7 @@ def read_depth(path, depth_scale: float | None = None) -> np.ndarray:
         depth = depth.astype(np.float32)[..., None]
     elif depth_scale is None:
         files.read_png_counts(path)  # what is wrong with the file itself comes first
-        raise ValueError(f"{path}: no depth_scale: give counts per metre (1000 for millimetres)")
+        raise ValueError(f"{path}: no depth_scale: set the counts per metre, 1000 for millimetres")
     else:
         depth = files.read_png_depth(path, depth_scale)
     return np.where(np.isfinite(depth) & (depth > 0), depth, np.float32(0))
