@@ -6,7 +6,8 @@
         --config.eval.source.path=DIR                                  # a minute or two on 2 cores
 
 Starts from what configs/stage1.py trained (`init`). `tiny` refines D^3-nano with the teacher's
-depth as an additional term, on RGB-D pairs of your own. `marigold` is configs/d2.py's data. `fast`
+depth as an additional term, on RGB-D pairs of your own; where runs/stage1_tiny (`init_config`) has
+no model yet, it is trained first, on the same pairs. `marigold` is configs/d2.py's data. `fast`
 and `turbo` refine the light students of configs/stage1.py's words; words combine, as in
 configs/stage2.py:turbo,marigold.
 
