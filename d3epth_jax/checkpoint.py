@@ -1,6 +1,8 @@
 """Orbax, all of it: checkpoints for exact resume, with the data position, and single trees."""
 
+import contextlib
 import pathlib
+from collections.abc import Iterator
 
 import jax
 import numpy as np
@@ -43,20 +45,18 @@ class Checkpoints:
         """The newest checkpoint as (state, data position), placed as `abstract_state` says.
 
         Raises:
-          ValueError: the checkpoint holds another tree than the run expects: another model,
-            optimiser, weighting or set of trainable parameters.
+          ValueError: the checkpoint is damaged, or holds another tree than the run expects: another
+            model, optimiser, weighting or set of trainable parameters.
         """
         args = ocp.args.Composite(
             state=ocp.args.StandardRestore(abstract_state), data=ocp.args.JsonRestore()
         )
-        try:
+        with _told(
+            f"the checkpoint of step {self.latest} in {self._manager.directory} does not fit this"
+            " run's model, optimiser or trainable parameters, or is damaged; train into a new"
+            " workdir or restore the old settings. Orbax says"
+        ):
             restored = self._manager.restore(self.latest, args=args)
-        except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(
-                f"the checkpoint of step {self.latest} in {self._manager.directory} does not fit"
-                " this run's model, optimiser or trainable parameters; train into a new workdir"
-                f" or restore the old settings. Orbax says: {error}"
-            ) from error
         return restored.state, restored.data
 
 
@@ -77,13 +77,25 @@ def read_tree(directory: str | pathlib.Path):
     Raises ValueError for a directory that is no complete checkpoint of Orbax.
     """
     directory = pathlib.Path(directory).absolute()
+    told = f"{directory} is not a complete checkpoint of Orbax"
+    with _told(told), ocp.StandardCheckpointer() as checkpointer:
+        stored = checkpointer.metadata(directory).item_metadata.tree
+        here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+        target = jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), stored
+        )
+        return jax.tree.map(np.asarray, checkpointer.restore(directory, target))
+
+
+@contextlib.contextmanager
+def _told(what: str) -> Iterator[None]:
+    """Makes a ValueError that begins with `what` of what Orbax raises where it cannot read."""
     try:
-        with ocp.StandardCheckpointer() as checkpointer:
-            stored = checkpointer.metadata(directory).item_metadata.tree
-            here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-            target = jax.tree.map(
-                lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), stored
-            )
-            return jax.tree.map(np.asarray, checkpointer.restore(directory, target))
-    except (OSError, ValueError, KeyError, AttributeError) as error:
-        raise ValueError(f"{directory} is not a complete checkpoint of Orbax: {error}") from error
+        yield
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{what}: {error}") from error
+    except Exception as error:
+        # For bytes of an array it raises just this class, and tells only how the array is stored.
+        if type(error) is not Exception or not isinstance(error.__cause__, Exception):
+            raise
+        raise ValueError(f"{what}: {error.__cause__}") from error

@@ -15,6 +15,7 @@ import sys
 from collections.abc import Iterable, Iterator, Sequence
 
 from d3epth_jax import atomic, bench_cli, data_cli
+from d3epth_jax.argument_types import in_range
 
 log = logging.getLogger(__name__)
 
@@ -65,12 +66,12 @@ def add_predict(commands) -> None:
         "with the package: nano (the default), nano-teacher")  # fmt: skip
     add("--out", default="depth_maps", type=pathlib.Path,
         help="folder of the results, made as needed; default: depth_maps")  # fmt: skip
-    add("--processing-resolution", type=_at_least(0), metavar="N",
+    add("--processing-resolution", type=in_range(int, 0), metavar="N",
         help="longest side the networks see; 0: the picture's; default: the model's")  # fmt: skip
-    add("--steps", type=_at_least(1), metavar="N", help="denoising steps; default: the model's")
-    add("--ensemble-size", type=_at_least(1), default=1, metavar="N",
+    add("--steps", type=in_range(int, 1), metavar="N", help="denoising steps; default: the model's")
+    add("--ensemble-size", type=in_range(int, 1), default=1, metavar="N",
         help="predictions per picture that are merged (models of many steps only)")  # fmt: skip
-    add("--batch-size", type=_at_least(1), default=1, metavar="N",
+    add("--batch-size", type=in_range(int, 1), default=1, metavar="N",
         help="pictures of one size computed together")  # fmt: skip
     add("--dtype", choices=("float32", "bfloat16"), default="float32")
     add("--color-map", choices=("Spectral", "gray"), default="Spectral",
@@ -78,7 +79,8 @@ def add_predict(commands) -> None:
         "whatever the model predicts")  # fmt: skip
     add("--uncertainty", action="store_true",
         help="also NAME_uncertainty.npy: how far the ensemble's members differ")  # fmt: skip
-    add("--seed", type=int, metavar="N", help="of the initial latents, the same for each picture")
+    add("--seed", type=in_range(int, 0, 2**32 - 1), metavar="N",  # JAX looks at no further bits
+        help="of the initial latents, the same for each picture")  # fmt: skip
     _add_where(parser)
 
 
@@ -363,17 +365,32 @@ def _predict_arrays(predictor, arrays: dict, batch_size: int, color_map: str, fa
 
 
 def _write(picture: Picture, out, number: int, color_map: str) -> None:
+    import numpy as np
+
     from d3epth_jax import image
 
     prediction = out.prediction[number]
+    if not np.isfinite(prediction).all():
+        raise ValueError("the model predicts NaN or infinity for this picture")
+    color = image.visualize_depth(out.far[number], color_map=color_map)
     # First, for it says that the others are results too.
-    image.save_png(
-        picture.file("_color.png"), image.visualize_depth(out.far[number], color_map=color_map)
-    )
-    _save_npy(picture.file(".npy"), prediction[..., 0])
-    image.save_png(picture.file("_depth.png"), image.export_depth_to_16bit_png(prediction))
+    _save(image.save_png, picture.file("_color.png"), color)
+    _save(_save_npy, picture.file(".npy"), prediction[..., 0])
+    depth = image.export_depth_to_16bit_png(prediction)
+    _save(image.save_png, picture.file("_depth.png"), depth)
+    uncertainty = picture.file("_uncertainty.npy")
     if out.uncertainty is not None:
-        _save_npy(picture.file("_uncertainty.npy"), out.uncertainty[number, ..., 0])
+        _save(_save_npy, uncertainty, out.uncertainty[number, ..., 0])
+    elif not picture.file("_uncertainty_color.png").exists():  # of a picture NAME_uncertainty
+        uncertainty.unlink(missing_ok=True)  # it belonged to a former map
+
+
+def _save(save, path: pathlib.Path, array) -> None:
+    """save(path, array), with an error that names this file: what fails is listed by picture."""
+    try:
+        save(path, array)
+    except OSError as error:
+        raise OSError(f"cannot write {path}: {error.strerror or error}") from error
 
 
 def _save_npy(path: pathlib.Path, array) -> None:
@@ -424,12 +441,3 @@ def _summary(
     lines = [f"{path}: {reason}" for path, reason in failed.items()]
     print("\n  ".join([f"d3epth: {len(failed)} failed:", *lines]), file=sys.stderr)
     return SOME_FAILED
-
-
-def _at_least(minimum: int):
-    def integer(text: str) -> int:
-        if int(text) < minimum:
-            raise argparse.ArgumentTypeError(f"must be at least {minimum}, not {text}")
-        return int(text)
-
-    return integer

@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Sequence
 
+from d3epth_jax.argument_types import in_range
 from d3epth_jax.progress import Progress
 
 OK, PROBLEMS, UNUSABLE = 0, 1, 2
@@ -59,11 +60,13 @@ def _add_build(commands) -> None:
     add("--out", required=True, type=pathlib.Path, help="folder of data sets")
     add("--name", help="of the data set; default: the source's")
     add("--split", help="its name there; default: the source's setting `split`, or train")
-    add("--height", type=int, help="scale and crop to this size; default: as they are")
-    add("--width", type=int)
+    add("--height", type=in_range(int, 1), help="scale and crop to this size; default: as they are")
+    add("--width", type=in_range(int, 1))
     add("--crop", choices=("center", "kitti"), default="center", help="which part of it is kept")
-    add("--workers", type=int, metavar="N", help="processes; default: one for each core")
-    add("--shards", type=int, metavar="N", help="files; default: one for every 256 samples")
+    add("--workers", type=in_range(int, 0), metavar="N",
+        help="processes; 0: this one; default: one for each core")  # fmt: skip
+    add("--shards", type=in_range(int, 1), metavar="N",
+        help="files; default: one for every 256 samples")  # fmt: skip
     add("--on-error", choices=("raise", "skip"), default="raise",
         help="skip: leave unreadable samples out, and list them in the manifest")  # fmt: skip
     _add_filters(parser)
@@ -78,9 +81,9 @@ def _add_speed(commands) -> None:
     parser.set_defaults(run=speed)
     _add_source(parser)
     add = parser.add_argument
-    add("--height", type=int, default=480)
-    add("--width", type=int, default=640)
-    add("--seconds", type=float, default=10.0, help="how long to measure")
+    add("--height", type=in_range(int, 1), default=480)
+    add("--width", type=in_range(int, 1), default=640)
+    add("--seconds", type=in_range(float, 0.1), default=10.0, help="how long to measure")
 
 
 def _add_source(parser) -> None:
@@ -93,9 +96,11 @@ def _add_source(parser) -> None:
 
 def _add_filters(parser) -> None:
     add = parser.add_argument
-    add("--min-range", type=float, metavar="M", help="least span of depth, metres")
-    add("--min-contrast", type=int, metavar="N", help="least span of the picture's 0..255")
-    add("--max-invalid", type=float, metavar="SHARE", help="most pixels without depth, 0..1")
+    add("--min-range", type=in_range(float, 0), metavar="M", help="least span of depth, metres")
+    add("--min-contrast", type=in_range(int, 0, 255), metavar="N",
+        help="least span of the picture's 0..255")  # fmt: skip
+    add("--max-invalid", type=in_range(float, 0, 1), metavar="SHARE",
+        help="most pixels without depth, 0..1")  # fmt: skip
     usual = "--min-range 0.5 --min-contrast 10 --max-invalid 0.03"
     parser.epilog = f"{parser.epilog} Usual filters of Hypersim's training set: {usual}."
 

@@ -2,6 +2,8 @@
 
 A config is one job (`config.job`) or a chain of them (`config.jobs`, names of sub-configs run in
 that order, each in its own folder of the workdir). `{workdir}` in any string means the workdir.
+Exit code: 0 all done, 2 a mistake in the settings or files (--verbosity=1 shows where), 130
+interrupted.
 """
 
 import logging
@@ -13,7 +15,7 @@ from absl import app, flags
 from flax.traverse_util import flatten_dict
 from ml_collections import ConfigDict, config_flags
 
-from d3epth_jax import sharding
+from d3epth_jax import config_arguments, sharding
 from d3epth_jax.compilation_cache import use_compilation_cache
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "The config file.", lock_config=True)
@@ -23,9 +25,10 @@ flags.mark_flag_as_required("config")
 log = logging.getLogger("d3epth_jax")
 
 
+@config_arguments.in_a_sentence()
 def main(argv: list[str]) -> None:
     if len(argv) > 1:
-        raise app.UsageError(f"unknown arguments {argv[1:]}; settings look like --config.seed=1")
+        raise ValueError(f"unknown arguments {argv[1:]}; settings look like --config.seed=1")
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(message)s", force=True)
     log.setLevel(logging.INFO)
     config = CONFIG.value
@@ -107,4 +110,4 @@ def fill_in(config: ConfigDict, workdir: pathlib.Path) -> ConfigDict:
 
 
 if __name__ == "__main__":
-    sys.exit(app.run(main))
+    sys.exit(app.run(main, flags_parser=config_arguments.parse))

@@ -377,7 +377,8 @@ def test_a_result_that_cannot_be_written_is_named(fake, tmp_path, capsys, monkey
     for name in "abc":
         write(tmp_path / "in" / f"{name}.png")
     assert predict(tmp_path / "in", out=tmp_path / "out") == 1
-    assert "b.png: No space left on device" in capsys.readouterr().err
+    told = f"b.png: cannot write {tmp_path / 'out/b_color.png'}: No space left on device"
+    assert told in capsys.readouterr().err
     assert {"a_color.png", "c_color.png"} <= set(names(tmp_path / "out"))
     assert not [name for name in names(tmp_path / "out") if "partial" in name]
 
@@ -416,6 +417,7 @@ def test_interrupted_keeps_what_is_done(fake, tmp_path, capsys):
         (["--batch-size", "0"], "must be at least 1, not 0"),
         (["--processing-resolution", "-1"], "must be at least 0, not -1"),
         (["--steps", "many"], "invalid integer value: 'many'"),
+        (["--seed", "9" * 23], "must be in 0..4294967295, not 999"),
         (["--uncertainty"], "set --ensemble-size to 2 or more"),
         (["--color-map", "jet"], "choose from"),
     ],

@@ -230,6 +230,27 @@ def test_senseless_arguments_are_refused(pairs, capsys, arguments, said):
     assert said in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("command", "arguments", "said"),
+    [
+        ("check", "--max-invalid 3", "--max-invalid: must be in 0..1, not 3"),
+        ("check", "--max-invalid nan", "must be in 0..1, not nan"),
+        ("check", "--min-contrast -1", "must be in 0..255, not -1"),
+        ("check", "--min-range inf", "must be at least 0, not inf"),
+        ("check", "--min-range wide", "invalid number value: 'wide'"),
+        ("build", "--height 0 --width 0", "--height: must be at least 1, not 0"),
+        ("build", "--shards 0", "must be at least 1, not 0"),
+        ("speed", "--seconds -1", "--seconds: must be at least 0.1, not -1"),
+        ("speed", "--height -1 --width 5", "--height: must be at least 1, not -1"),
+    ],
+)
+def test_arguments_out_of_range_are_refused(pairs, tmp_path, capsys, command, arguments, said):
+    out = ["--out", str(tmp_path / "out")] if command == "build" else []
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(["data", command, "folder", str(pairs), *out, *arguments.split()])
+    assert stopped.value.code == 2 and said in capsys.readouterr().err
+
+
 def test_speed_is_told_per_core(pairs, capsys):
     command = ["data", "speed", "folder", str(pairs), "--set", "depth_scale=1000"]
     assert cli.main([*command, "--height", "16", "--width", "24", "--seconds", "0.2"]) == 0

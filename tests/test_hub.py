@@ -4,6 +4,7 @@ import dataclasses
 import fnmatch
 import json
 import shutil
+import warnings
 
 import diffusers
 import huggingface_hub
@@ -101,6 +102,31 @@ def test_convert_writes_the_number_type_that_is_asked_for(dtype, saved, tmp_path
     )
     for key, tensor in saved[1].unet.state_dict().items():
         assert torch.equal(theirs.state_dict()[key], tensor.to(expected)), key
+
+
+@pytest.mark.parametrize("layout", ["diffusers", "orbax"])
+@pytest.mark.parametrize("source", ["float32", "bfloat16"])
+def test_numbers_beyond_float16_are_refused_by_name(source, layout, saved, tmp_path, capsys):
+    model, params, text, _ = hub.load_model(saved[0], param_dtype=source)
+    unet, encoder = params["unet"], params["encoder"]
+    for name in ("conv_in", "conv_out", "conv_norm_out"):
+        unet[name]["bias"] = unet[name]["bias"] - 65600  # float16 ends at 65504
+    encoder["conv_in"]["kernel"] = encoder["conv_in"]["kernel"] * np.asarray(1e8, source)
+    for inner in ("conv_in", "conv_out", "quant_conv"):
+        encoder[inner]["bias"] = encoder[inner]["bias"] + np.asarray(1e5, source)
+    hub.save_model(tmp_path / "large", model, params, text)
+    command = ["convert", str(tmp_path / "large"), str(tmp_path / "out"), "--layout", layout]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", RuntimeWarning)
+        assert cli.main([*command, "--dtype", "float16"]) == 2
+    assert [path.name for path in tmp_path.iterdir()] == ["large"]
+    _, told, *listed = capsys.readouterr().err.splitlines()
+    assert told.startswith("7 tensor(s) have numbers that float16 cannot hold; choose another")
+    assert [line.strip() for line in listed] == [
+        *(f"unet: conv_{name}.bias" for name in ("in", "norm_out", "out")),
+        *("vae: encoder.conv_in.bias", "vae: encoder.conv_in.weight", "and 2 more"),
+    ]
+    assert cli.main([*command, "--dtype", "bfloat16"]) == 0
 
 
 def test_convert_refuses_without_a_trace(saved, tmp_path, capsys):
@@ -240,7 +266,13 @@ def test_orbax_and_back_is_bit_identical(saved, tmp_path, capsys):
     before = hub.digest(tmp_path / "o")
     files = [path for path in (tmp_path / "o/orbax").rglob("d/*") if path.is_file()]
     weights = max(files, key=lambda path: path.stat().st_size)
-    weights.write_bytes(weights.read_bytes() + b"x")
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[: len(whole) // 2])
+    capsys.readouterr()
+    assert cli.main(["convert", str(tmp_path / "o"), str(tmp_path / "torn")]) == 2
+    assert f"{tmp_path / 'o/orbax'} is not a complete checkpoint" in capsys.readouterr().err
+    assert not (tmp_path / "torn").exists()
+    weights.write_bytes(whole + b"x")
     assert hub.digest(tmp_path / "o") != before
     config = json.loads((tmp_path / "o/unet/config.json").read_text())
     config["cross_attention_dim"] = 24

@@ -22,7 +22,7 @@ LAYERS = [
     "from_config training_data runs train cache evaluate evaluation pipeline gallery progress"
     " baselines macs bench bench_train bench_worker bench_report compare_diffusers ablation"
     " ablation_report",
-    "main cli bench_cli bench_measure bench_plan data_cli __main__",
+    "main config_arguments cli argument_types bench_cli bench_measure bench_plan data_cli __main__",
 ]
 
 # Library -> the only modules that may import it; () means none.

@@ -5,12 +5,14 @@ import inspect
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 
 from configs import common, quickstart, stage2
 from configs import eval as eval_config
 from configs.nano import train as nano
 from d3epth_jax import data, evaluate, main
+from d3epth_jax.config_arguments import in_a_sentence, wrong_keys
 from tests.conftest import write_pairs
 
 ROOT = main.pathlib.Path(__file__).parents[1]
@@ -46,21 +48,78 @@ def assert_fits(settings):
     inspect.signature(make).bind_partial(**{k: v for k, v in settings.items() if k != "name"})
 
 
-def test_typo_in_a_config_key_names_the_nearest():
-    result = run("--config=configs/stage2.py:tiny", "--config.schedule.learning_rat=1")
-    assert result.returncode != 0
-    assert 'Did you mean "learning_rate"' in result.stderr
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["stage2.py:tiny", "schedule.learning_rat=1"], ["did you mean learning_rate?"]),
+        (
+            ["stage1.py:tiny", "loss.beta.ssi=1", "seed.x=2"],
+            ["config.loss.beta has no setting 'ssi'; it has enc, ", "config.seed is 0, without"],
+        ),
+        (["stage1.py:tony"], ["unknown word 'tony' after the config's colon"]),
+        (["stage1.py:tiny", "seed=abc"], ["--config.seed=abc: invalid literal for int()"]),
+        (["nowhere.py"], ["there is no file configs/nowhere.py"]),
+        (["eval.py"], ["set --config.eval.source.path=PATH"]),
+        ([], ["say what to run, such as --config=configs/quickstart.py"]),
+    ],
+    ids=lambda value: value[0] if value else "nothing",
+)
+def test_a_mistake_in_the_arguments_is_a_sentence(arguments, told):
+    config, settings = arguments[:1], arguments[1:]
+    result = run(*(f"--config=configs/{a}" for a in config), *(f"--config.{s}" for s in settings))
+    assert result.returncode == 2
+    assert all(words in result.stderr for words in told)
+    assert len(result.stderr.splitlines()) == len(told)
 
 
 def test_missing_data_folder_is_named(tmp_path):
-    result = run(
-        "--config=configs/eval.py",
+    arguments = (
         f"--config.eval.source.path={tmp_path / 'nowhere'}",
         f"--config.models.student={tmp_path / 'no_model'}",
         f"--workdir={tmp_path}",
     )
-    assert result.returncode != 0
-    assert "no_model" in result.stderr
+    result = run("--config=configs/eval.py", *arguments)
+    assert result.returncode == 2
+    assert "no_model" in result.stderr and "Traceback" not in result.stderr
+    assert "Traceback" in run("--verbosity=1", "--config=configs/eval.py", *arguments).stderr
+
+
+def test_a_mistake_in_the_program_keeps_its_traceback(tmp_path):
+    (tmp_path / "config.py").write_text("def get_config():\n    return 'mine'.missing\n")
+    result = run(f"--config={tmp_path / 'config.py'}")
+    assert result.returncode == 1
+    assert "return 'mine'.missing" in result.stderr
+
+
+@pytest.mark.parametrize(
+    "raises",
+    [
+        lambda: np.zeros(3).reshape(2),  # a library's ValueError
+        lambda: main.fill_in({}, ""),  # no ConfigDict
+    ],
+)
+def test_errors_that_nobody_expects_pass(raises):
+    with pytest.raises((ValueError, AttributeError)), in_a_sentence():
+        raises()
+
+
+def test_errors_of_this_project_and_of_files_are_sentences(tmp_path, capsys):
+    unset = stage2.get_config("marigold")
+    for mistake, told in (
+        (lambda: main.check_jobs({"": unset}), "d3epth_jax: set --config.data."),
+        (lambda: (tmp_path / "nowhere").read_text(), "d3epth_jax: [Errno 2] No such file"),
+    ):
+        with pytest.raises(SystemExit) as stopped, in_a_sentence():
+            mistake()
+        assert stopped.value.code == 2 and capsys.readouterr().err.startswith(told)
+
+
+def test_keys_in_brackets_are_looked_up_too():
+    config = quickstart.get_config("tiny")
+    right, wrong = (f'--config.evaluation.models["student{end}"]=x' for end in (" at start", ""))
+    assert wrong_keys(config, ["main", right, "--workdir=config.x", "--config.stage1.seed=1"]) == []
+    (told,) = wrong_keys(config, ["main", right, wrong])
+    assert "config.evaluation.models has no setting 'student'; " in told
 
 
 def test_paths_that_are_left_open_are_asked_for():

@@ -12,7 +12,7 @@ from d3epth_jax import DepthPipeline, image
 from d3epth_jax.models.depth_model import init_params
 from d3epth_jax.weights import hub
 from tests.conftest import small_model
-from tests.test_cli import bad_pictures, predict, write
+from tests.test_cli import FakePipeline, bad_pictures, greens, names, predict, write
 from tests.test_image import damaged_exif
 
 
@@ -105,6 +105,63 @@ def test_a_seed_gives_a_picture_the_same_depth_alone_and_among_others(tmp_path):
     depth = {out: np.load(tmp_path / out / "b.npy") for out in ("all", "alone", "other")}
     np.testing.assert_allclose(depth["all"], depth["alone"], atol=1e-5)
     assert np.abs(depth["alone"] - depth["other"]).max() > 1e-3
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_a_map_that_is_not_finite_is_not_written(tmp_path, capsys, monkeypatch, value):
+    class Broken(FakePipeline):
+        def __call__(self, images, **settings):
+            out = super().__call__(images, **settings)
+            out.prediction[[picture[0, 0, 1] == 2 for picture in images], -1, -1] = value
+            return out
+
+    monkeypatch.setattr("d3epth_jax.pipeline.DepthPipeline", Broken)
+    for green in range(4):
+        write(tmp_path / "in" / f"{green}.png", green=green)
+    assert predict(tmp_path / "in", "--batch-size", 4, out=tmp_path / "out") == 1
+    assert greens(tmp_path / "out") == {"0": 0, "1": 1, "3": 3}
+    assert not [name for name in names(tmp_path / "out") if name.startswith("2")]
+    captured = capsys.readouterr()
+    assert "3 of 4 pictures predicted" in captured.out
+    assert "2.png: the model predicts NaN or infinity" in captured.err
+
+
+def test_weights_beyond_float16_are_no_success(tmp_path, capsys):
+    model = small_model()
+    params = init_params(model, 0)
+    kernel = params["unet"]["conv_in"]["kernel"]
+    params["unet"]["conv_in"]["kernel"] = np.full_like(kernel, np.inf, np.float16)
+    hub.save_model(tmp_path / "model", model, params)
+    picture = write(tmp_path / "a.png", (24, 16))
+    code = predict(picture, out=tmp_path / "out", model=str(tmp_path / "model"))
+    assert code == 1 and not (tmp_path / "out").exists()
+    assert "a.png: the model predicts NaN or infinity" in capsys.readouterr().err
+
+
+def test_a_file_in_the_way_of_the_results_is_named(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("d3epth_jax.pipeline.DepthPipeline", FakePipeline)
+    write(tmp_path / "in/a/x.png")
+    write(tmp_path / "in/b.png")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/a").touch()
+    assert predict(tmp_path / "in", out=tmp_path / "out") == 1
+    told = f"a/x.png: cannot write {tmp_path / 'out/a/x_color.png'}: File exists"
+    assert told in capsys.readouterr().err
+    assert list(greens(tmp_path / "out")) == ["b"]
+
+
+def test_the_uncertainty_of_a_former_map_goes_with_it(tmp_path, monkeypatch):
+    monkeypatch.setattr("d3epth_jax.pipeline.DepthPipeline", FakePipeline)
+    out, more = tmp_path / "out", ("--ensemble-size", 2, "--uncertainty")
+    for name in "ab":
+        predict(write(tmp_path / f"{name}.png"), *more, out=out)
+    predict(tmp_path / "a.png", out=out)
+    kept = [name for name in names(out) if "uncertainty" in name]
+    assert kept == ["b_uncertainty.npy"] and "a.npy" in names(out)
+    # A picture may be called so.
+    predict(write(tmp_path / "a_uncertainty.png"), out=out)
+    predict(tmp_path / "a.png", out=out)
+    assert "a_uncertainty.npy" in names(out)
 
 
 def test_a_real_missing_model(tmp_path, capsys):

@@ -11,6 +11,8 @@ import numpy as np
 
 from d3epth_jax.weights import keys
 
+LISTED = 5  # tensors that are told by name
+
 
 def from_torch(
     tensors: Mapping[str, np.ndarray], abstract_params: Mapping[str, Any], *, dtype: Any = None
@@ -57,6 +59,30 @@ def to_torch(params: Mapping[str, Any], *, dtype: Any = None) -> dict[str, np.nd
         )
         for path, x in keys.flatten(params).items()
     }
+
+
+def require_range(folders: Mapping[str, Mapping[str, Any]], dtype: Any) -> None:
+    """Raises ValueError naming the tensors of {folder: params} that would become infinite."""
+    beyond = [
+        f"{folder}: {keys.torch_key(path)}"
+        for folder, params in folders.items()
+        for path, x in keys.flatten(params).items()
+        if _overflows(np.asarray(x), dtype)
+    ]
+    if beyond:
+        more = [f"and {len(beyond) - LISTED} more"] if len(beyond) > LISTED else []
+        told = f"{len(beyond)} tensor(s) have numbers that {np.dtype(dtype)} cannot hold; choose"
+        raise ValueError("\n  ".join([f"{told} another number type:", *beyond[:LISTED], *more]))
+
+
+def _overflows(x: np.ndarray, dtype: Any) -> bool:
+    """Whether numbers that are finite now would not be so in `dtype`."""
+    finite = x[np.isfinite(x)]
+    if not finite.size:
+        return False
+    with np.errstate(over="ignore"):
+        ends = np.asarray([finite.min(), finite.max()]).astype(dtype)
+    return not np.isfinite(ends).all()
 
 
 def taesd_to_diffusers(

@@ -116,15 +116,19 @@ def save_model(
     Every tensor comes from `params` and `text`, in its own type or in `dtype`. `variant` goes into
     the names of the weights' files ("fp16"). `layout`: "orbax" writes {unet, encoder, decoder} as
     one Orbax tree beside the same JSON files, which `load_model` reads as well, but diffusers not.
-    FileExistsError if the directory holds anything but a model.
+    FileExistsError if the directory holds anything but a model, ValueError if `dtype` cannot hold
+    the numbers of some tensors.
     """
     require_replaceable(directory)
+    vae = {name: params[name] for name in ("encoder", "decoder")}
+    if dtype is not None:
+        prompted = {"text_encoder": text.params} if text else {}
+        convert.require_range({"unet": params["unet"], "vae": vae, **prompted}, dtype)
     with files.fresh_directory(directory) as fresh:
         files.write_json(fresh / "model_index.json", _index(model, text))
         files.write_json(fresh / "unet/config.json", model.unet.to_dict())
         files.write_json(fresh / "vae/config.json", model.autoencoder.to_dict())
         files.write_json(fresh / "scheduler/scheduler_config.json", model.schedule.to_dict())
-        vae = {name: params[name] for name in ("encoder", "decoder")}
         if layout == "orbax":
             trees = {"unet": params["unet"], **vae}
             checkpoint.save_tree(fresh / ORBAX, jax.tree.map(lambda x: np.asarray(x, dtype), trees))

@@ -1,0 +1,20 @@
+"""Types of argparse's arguments that refuse what is out of range, in a sentence."""
+
+import argparse
+import math
+from collections.abc import Callable
+
+
+def in_range(kind: type, least: float, most: float = math.inf) -> Callable[[str], float]:
+    """`type=` of an argument that is an int or float from `least` to `most`, and never infinite."""
+
+    def parse(text: str) -> float:
+        value = kind(text)
+        if not least <= value <= most or value == math.inf:  # also true of NaN
+            limits = f"at least {least}" if most == math.inf else f"in {least}..{most}"
+            raise argparse.ArgumentTypeError(f"must be {limits}, not {text}")
+        return value
+
+    # argparse says of text that is no number: invalid integer value: 'many'
+    parse.__name__ = {int: "integer", float: "number"}[kind]
+    return parse
