@@ -96,8 +96,9 @@ def plan(args: argparse.Namespace, problems: Sequence[str] = ()) -> list[dict]:
         # Of all presets one is enough.
         trained = known if args.models else [TRAINED[stage]]
         ways = [(not args.no_remat, args.micro)]  # rematerialised, pictures at a time
-        if args.all and stage == "stage2" and not args.no_remat:
+        if args.all and not args.no_remat:
             ways += [(False, args.micro)]
+        if args.all and stage == "stage2" and not args.no_remat:
             # As the configs do it, whether or not all fit at once.
             fourth = [n for n in range(1, args.train_batch // 4 + 1) if args.train_batch % n == 0]
             ways += [(False, fourth[-1])] if fourth and not args.micro else []
