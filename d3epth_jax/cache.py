@@ -158,12 +158,11 @@ def make_lessons(config, teacher: from_config.Start) -> Lessons:
 def fill(folder: pathlib.Path, source, part, lessons: Lessons, teacher: dict, config) -> dict:
     """Computes this host's shards of one source that are not there yet; returns the manifest."""
     sides = 2 if part.flip > 0 else 1
-    path = part.source.get("path")
     manifest = {
         "format": latents.FORMAT,
         "about": {
             "teacher": config.teacher.path,
-            "source": path and str(pathlib.Path(path).resolve()),
+            "source": training_data.origin(source),
         },
         "teacher": teacher,
         "made": lessons.settings,

@@ -120,6 +120,7 @@ def run(config, workdir: pathlib.Path) -> pathlib.Path:
         if not scored and (start % config.eval.every == 0 or start == total):
             validate(start)  # the run begins, or ended between this checkpoint and its scores
         waited = worked = 0.0
+        depthless = False
         with contextlib.closing(writer), profile, asked_to_end() as ending:
             for step in range(start + 1, total + 1):
                 profile.at(step)
@@ -145,6 +146,7 @@ def run(config, workdir: pathlib.Path) -> pathlib.Path:
                     waited = worked = 0.0
                     writer.scalars(step, values)
                     require_finite(values, step, checkpoints.latest)
+                    depthless |= tell_if_depthless(values, step, told=depthless)
                 if save:
                     whole = dataclasses.replace(state, ema=averaged())
                     checkpoints.save(step, whole, batches.get_state())
@@ -272,6 +274,19 @@ def tell_scores(stage: str, workdir: pathlib.Path) -> None:
     scores = list(scores_of(workdir).values())
     first, last = (math.nan if score is None else score for score in (scores[0], scores[-1]))
     log.info("%s %s: AbsRel before %.4f, after %.4f", stage, workdir.name, first, last)
+
+
+def tell_if_depthless(values: dict[str, float], step: int, told: bool) -> bool:
+    """Whether no picture of the step was compared with its depth; a line in the log unless told."""
+    depthless = 1 in (values.get("without_loss"), values.get("without_gt"))
+    if depthless and not told:
+        log.warning(
+            "step %d: no picture of the batch has depth to be compared with (without_loss or"
+            " without_gt is 1): are depth_scale, data.max_depth and data.filter right? A latent's"
+            " cell needs all its pixels known: with sparse depth set loss.beta.gt to 0",
+            step,
+        )
+    return depthless
 
 
 def require_finite(values: dict[str, float], step: int, checkpoint: int | None) -> None:

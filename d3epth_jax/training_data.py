@@ -12,7 +12,7 @@ from collections.abc import Mapping
 import jax
 
 from d3epth_jax import data, sharding
-from d3epth_jax.data import loader
+from d3epth_jax.data import loader, manifest
 from d3epth_jax.data.sources.files import SourceError
 from d3epth_jax.data.sources.latents import CachedLatents
 from d3epth_jax.data.transforms import CROPS, choose_side
@@ -49,6 +49,8 @@ def check(config) -> None:
             problems.append(f"{where}.flip is a probability, not {part.flip}")
         if not re.fullmatch(r"[\w-]+", name):
             problems.append(f"{where}: a name of letters, digits, _ and - is needed")
+        if part.source.name == "procedural":
+            problems += _of_scenes(part, where)
         if part.source.name == "procedural" and mixed:
             problems.append(
                 f"{where}.source: rendered scenes are made in whole batches on the device and"
@@ -63,6 +65,18 @@ def check(config) -> None:
         problems += _cannot_be_cached(config)
     if problems:
         raise ValueError("\n".join(problems))
+
+
+def _of_scenes(part, where: str) -> list[str]:
+    """What is set although rendered scenes, always fresh and whole, have no use for it."""
+    unused = {"crop": "random", "flip": 0.5, "max_depth": 0, **loader.NO_FILTER}
+    given = {key: part[key] for key in ("crop", "flip", "max_depth")} | dict(part.filter)
+    return [
+        f"{where}{'.filter' if key in part.filter else ''}.{key}={value} does nothing to rendered"
+        f" scenes: leave it at {unused[key]}"
+        for key, value in given.items()
+        if value != unused[key]
+    ]
 
 
 def _cannot_be_cached(config) -> list[str]:
@@ -169,9 +183,15 @@ def require_one_reading(training, validation) -> None:
 
 def require_apart(training, validation) -> None:
     """Raises ValueError if a sample is both trained and evaluated on, under whatever name."""
-    # Of a cached source the pictures need not be there any more.
-    origins = _names_in_root if isinstance(training, CachedLatents) else _pictures
-    if both := origins(training) & origins(validation):
+    seeds = [getattr(source, "seed", None) for source in (training, validation)]
+    if None not in seeds and seeds[0] == seeds[1]:
+        raise ValueError(
+            f"the scenes of one seed are both trained and evaluated on: give data.source.seed and"
+            f" eval.source.seed, both {seeds[0]}, different values"
+        )
+    # Of a cached or built source the pictures need not be there any more.
+    origins = (_pictures, _names_in_root)
+    if both := max((of(training) & of(validation) for of in origins), key=len):
         first = min(both)
         raise ValueError(
             f"{len(both)} samples are both trained and evaluated on, {' '.join(first)} the first:"
@@ -179,13 +199,31 @@ def require_apart(training, validation) -> None:
         )
 
 
+def origin(source) -> str | None:
+    """The folder that the samples of a source come from; None if that is not one folder."""
+    roots = {root for root, _ in _names_in_root(source)}
+    return roots.pop() if len(roots) == 1 else None
+
+
 def _names_in_root(source) -> set[tuple[str, ...]]:
+    """The samples by the folder that they come from, also where they were copied from it."""
     if isinstance(source, CachedLatents):
         root = source.manifest["about"]["source"]
     elif (root := getattr(source, "root", None)) is None:
         return set()
-    root = str(pathlib.Path(root).resolve())
-    return {(root, source.name(i)) for i in range(len(source))}
+    root, built = str(pathlib.Path(root).resolve()), _folders_of_shards(source)
+    names = enumerate(map(source.name, range(len(source))))
+    if not built:
+        return {(root, name) for _, name in names}
+    return {(built[pathlib.Path(source.files(i)["image"]).name], name) for i, name in names}
+
+
+def _folders_of_shards(source) -> dict[str, str]:
+    """{shard: what `d3epth data build` read it from}; empty for a source that it did not write."""
+    if not (hasattr(source, "files") and (source.root / "dataset_info.json").is_file()):
+        return {}
+    found = manifest.read_manifests(source.root).values()
+    return {shard: each["plan"]["source"]["path"] for each in found for shard in each["shards"]}
 
 
 def _pictures(source) -> set[tuple[str, ...]]:

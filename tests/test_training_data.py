@@ -5,10 +5,12 @@ import inspect
 import numpy as np
 import pytest
 
-from configs import cache, common, d2, stage1, stage2
-from d3epth_jax import data, from_config, sharding, training_data
+from configs import cache, common, d2, quickstart, stage1, stage2
+from configs.nano import train as nano
+from d3epth_jax import cli, data, from_config, sharding, train, training_data
 from d3epth_jax.data.sources.files import SourceError
 from tests.conftest import write_pairs
+from tests.test_train import on_pairs
 
 
 @pytest.fixture(scope="module")
@@ -140,3 +142,67 @@ def test_a_picture_is_not_evaluated_on_through_another_folder(tmp_path):
     with pytest.raises(ValueError, match=r"4 samples are both .*kitchen/rgb/000.png the first"):
         training_data.require_apart(whole, part)
     training_data.require_apart(part, other)  # names alike, pictures not
+
+
+def test_a_built_copy_of_what_is_evaluated_on_is_noticed(tmp_path, monkeypatch):
+    """`d3epth data build folder` once of all pairs, once of those held out; and the pairs."""
+    write_pairs(tmp_path / "pairs", 10)
+    build = ["data", "build", "folder", str(tmp_path / "pairs"), "--out", str(tmp_path / "built")]
+    build += ["--workers", "0", "--set", "depth_scale=1000"]
+    assert cli.main(build) == cli.main([*build, "--set", "split=validation"]) == 0
+    settings = {"path": tmp_path / "built", "dataset": "folder", "min_valid": 1}
+    everything, held = (
+        data.make_source("tfds", split=s, **settings) for s in ("train", "validation")
+    )
+    raw = {
+        split: data.make_source("folder", path=tmp_path / "pairs", depth_scale=1000.0, split=split)
+        for split in ("train", "validation")
+    }
+    assert len(everything) == 10 and len(held) == 2
+    assert training_data.origin(everything) == str((tmp_path / "pairs").resolve())
+    for training, validation in ((everything, held), (everything, raw["validation"])):
+        with pytest.raises(ValueError, match="2 samples are both trained and evaluated on"):
+            training_data.require_apart(training, validation)
+    training_data.require_apart(raw["train"], held)
+
+
+def test_scenes_of_one_seed_are_not_trained_and_evaluated_on():
+    config = quickstart.stage1(tiny=True)
+    config.eval.source.seed = config.data.source.seed
+    with pytest.raises(ValueError, match="scenes of one seed"):
+        training_data.make_sources(config)
+
+
+def test_what_rendered_scenes_have_no_use_for_is_refused():
+    config = quickstart.stage1(tiny=True)
+    config.data.update(flip=1.0, crop="kitti", max_depth=1.0)
+    config.data.filter.min_range = 99.0
+    with pytest.raises(ValueError) as error:
+        from_config.check(config)
+    for key in ("flip=1.0", "crop=kitti", "max_depth=1.0", "filter.min_range=99.0"):
+        assert f"data.{key} does nothing to rendered scenes" in str(error.value), key
+
+
+def test_a_sources_name_alone_is_no_source():
+    settings = dict(common.folder("DIR"))
+    with pytest.raises(
+        ValueError, match=r"'vkitti2' does not take depth_scale.*its settings are path"
+    ):
+        data.make_source(**settings | {"name": "vkitti2"})
+    with pytest.raises(ValueError, match="'folder' needs path"):
+        data.make_source("folder")
+
+
+@pytest.mark.parametrize("stage", ["pixel", "latent"])
+def test_data_without_depth_is_told_once(stage, roots, tmp_path, caplog):
+    config = on_pairs(
+        nano.teacher(tiny=True) if stage == "pixel" else nano.stage1(tiny=True), roots[0]
+    )
+    if stage == "latent":
+        config.teacher.path, config.autoencoder.path = quickstart.TEACHER, quickstart.TEACHER
+        config.loss.beta.gt = 1.0
+    config.data.filter.min_range = 999.0  # metres
+    config.train.update(steps=3, log_every=1)
+    with caplog.at_level("WARNING", logger="d3epth_jax"):
+        train.run(config, tmp_path)
+    assert len([m for m in caplog.messages if "has depth to be compared with" in m]) == 1

@@ -1,7 +1,8 @@
 """Data: sources give {image, depth in metres, mask}, transforms and loader make batches."""
 
 import importlib
-from collections.abc import Sequence
+import inspect
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 
@@ -31,7 +32,22 @@ def make_source(name: str, **settings):
         settings = settings | {"dataset": dataset} | ({"split": split} if split else {})
     elif dataset:
         raise ValueError(f"data source {name!r} takes no {dataset!r}; only tfds:NAME does")
+    require_settings(name, settings)
     return source_function(name)(**settings)
+
+
+def require_settings(name: str, settings: Iterable[str]) -> None:
+    """Raises ValueError if a source does not take just these settings, with those that it takes."""
+    takes = inspect.signature(source_function(name)).parameters
+    needs = {key for key, value in takes.items() if value.default is value.empty}
+    unknown, missing = sorted(set(settings) - set(takes)), sorted(needs - set(settings))
+    wrong = [f"does not take {', '.join(unknown)}"] if unknown else []
+    wrong += [f"needs {', '.join(missing)}"] if missing else []
+    if wrong:
+        raise ValueError(
+            f"data source {name!r} {' and '.join(wrong)}; its settings are {', '.join(takes)}. A"
+            " config's `source` is replaced as a whole, as by a function of configs/common.py"
+        )
 
 
 def source_function(name: str):

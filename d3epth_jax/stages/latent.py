@@ -235,6 +235,8 @@ def make_loss(
         power = jnp.mean(jnp.square(lesson["teacher_latent"].astype(jnp.float32)), (1, 2, 3))
         error = losses.latent_distillation(latent, lesson["teacher_latent"])
         metrics = {"explained": 1 - error / jnp.maximum(power, 1e-12)}
+        if "gt" in terms:
+            metrics["without_gt"] = 1 - weights["gt"]
         every_image = jnp.ones(len(power), jnp.float32)
         return everything, dict.fromkeys([*everything, *metrics], every_image) | weights, metrics
 
