@@ -119,7 +119,8 @@ def check(args: argparse.Namespace) -> int:
         filters = _filters(args)
         progress = Progress("check", len(source), unit="sample")
         findings = checking.inspect_all(source, filters, progress.update)
-        problems += checking.damaged_shards(source) + checking.wrong_units(source, findings)
+        findings, of_the_set = checking.check_units(source, findings)
+        problems += checking.damaged_shards(source) + of_the_set
     except (OSError, ValueError) as error:
         return _unusable(error)
     _print_table(findings)

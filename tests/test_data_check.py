@@ -10,6 +10,7 @@ from PIL import Image
 from d3epth_jax import cli, data
 from d3epth_jax.data import build as building
 from d3epth_jax.data import check as checking
+from d3epth_jax.data.sources.files import SourceError
 from d3epth_jax.image import save_png
 from tests.conftest import write_pairs
 
@@ -204,6 +205,24 @@ def test_a_written_list_narrows_its_source(pairs, check, tmp_path):
         "folder", path=pairs, depth_scale=1000.0, filename_list=str(tmp_path / "l.txt")
     )
     assert 0 < len(kept) < 7 and [listed.name(i) for i in range(len(listed))] == kept
+
+
+def test_a_written_list_leaves_out_what_is_in_another_unit(pairs, check, tmp_path):
+    another_unit(pairs)
+    code, out, _ = check("folder", pairs, "--max-invalid", "1", "--write-list", tmp_path / "l.txt")
+    kept = (tmp_path / "l.txt").read_text().split()
+    assert code == 1 and "median depth 420 m, but" in out and "6 of 6 samples" in out
+    assert len(kept) == 6 and "kitchen/002" not in kept
+
+
+def test_a_list_of_one_split_is_all_of_it(pairs, check, tmp_path):
+    check("folder", pairs, "--set", "split=train", "--write-list", tmp_path / "l.txt")
+    kept = (tmp_path / "l.txt").read_text().split()
+    settings = {"path": pairs, "depth_scale": 1000.0, "filename_list": str(tmp_path / "l.txt")}
+    listed = data.make_source("folder", split="train", **settings)
+    assert len(kept) == 6 and [listed.name(i) for i in range(len(listed))] == kept
+    with pytest.raises(SourceError, match="names no pair of split 'validation'"):
+        data.make_source("folder", split="validation", **settings)
 
 
 def test_the_sheet_shows_pictures_beside_depth(pairs, check, tmp_path):

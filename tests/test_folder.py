@@ -135,6 +135,84 @@ def test_folders_without_an_index(tmp_path):
         folder(tmp_path / "nowhere")
 
 
+def test_scenes_below_rgb_and_depth(tmp_path):
+    write_pair(tmp_path, "all/s2", "x")
+    write_pair(tmp_path, "all/s1/cam0", "x")
+    write_pair(tmp_path, "all/s1/cam0", "y.left", suffix=".npy")
+    for kind in ("rgb", "depth"):
+        for scene in ("s2", "s1/cam0"):
+            (tmp_path / "set" / kind / scene).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / "all" / scene / kind).rename(tmp_path / "set" / kind / scene)
+    write_pair(tmp_path / "set", "rgb/s3", "x")  # rgb/ and depth/ of its own
+    source = folder(tmp_path / "set", depth_scale=1000)
+    names = ["s1/cam0/x", "s1/cam0/y.left", "s2/x", "rgb/s3/x"]
+    assert [source.name(i) for i in range(len(source))] == names
+    assert [source.group(i) for i in range(3)] == ["s1/cam0", "s1/cam0", "s2"]
+    assert {file.parent.name for i in range(2) for file in source.files(i).values()} == {"cam0"}
+    above = folder(tmp_path, depth_scale=1000)
+    assert [above.name(i) for i in range(len(above))] == [f"set/{name}" for name in names]
+
+    (tmp_path / "set/rgb/night").symlink_to("s2")  # one of the two may be shared
+    write_pair(tmp_path, "all", "x")
+    (tmp_path / "all/depth").rename(tmp_path / "set/depth/night")
+    source = folder(tmp_path / "set", depth_scale=1000)
+    assert sorted(source.name(i) for i in range(len(source))) == sorted([*names, "night/x"])
+
+    (tmp_path / "set/depth/s2").rename(tmp_path / "set/depth/s3")
+    with pytest.raises(SourceError) as caught:
+        folder(tmp_path / "set", depth_scale=1000)
+    wanted = tmp_path / "set/depth/s2/x"
+    assert f"rgb/s2/x.png: missing depth {wanted}.png or .npy" in str(caught.value)
+    assert "depth/s3/x.png: missing image" in str(caught.value)
+
+
+def test_what_lies_below_pairs_moves_none_of_them(tmp_path):
+    for name in ("a", "z"):
+        write_pair(tmp_path, "", name)
+    write_pair(tmp_path, "rgb/scene", "inner")
+    previews = [f"{kind}/more/.previews/a.png" for kind in ("rgb", "depth")]
+    for unrelated in ("depth/previews/a.png", *previews):
+        (tmp_path / unrelated).parent.mkdir(parents=True)
+        Image.new("L", SHAPE[::-1], 9).save(tmp_path / unrelated)
+    source = folder(tmp_path, depth_scale=1000)
+    assert [source.name(i) for i in range(len(source))] == ["a", "z", "rgb/scene/inner"]
+
+    # Pairs in a subfolder of both are found, behind those that were found without them.
+    write_pair(tmp_path, "far", "b")
+    for kind in ("rgb", "depth"):
+        (tmp_path / f"far/{kind}/b.png").rename(tmp_path / kind / "more/b.png")
+    source = folder(tmp_path, depth_scale=1000)
+    names = ["a", "z", "more/b", "rgb/scene/inner"]
+    assert [source.name(i) for i in range(len(source))] == names
+
+
+def test_links_to_folders_are_followed_once(tmp_path):
+    root, far = tmp_path / "set", tmp_path / "far"
+    for name in range(4):
+        write_pair(root, "real", str(name))
+        write_pair(far, "room", str(name))
+    write_pair(root, "mixed", "x")
+    (root / "mixed/rgb").rename(far / "pictures")
+    (root / "mixed/rgb").symlink_to(far / "pictures")
+    names = ["mixed/x", *(f"real/{i}" for i in range(4))]
+
+    def found():
+        source = folder(root, depth_scale=1000)
+        assert all(file.is_file() for i in range(len(source)) for file in source.files(i).values())
+        return [source.name(i) for i in range(len(source))]
+
+    assert found() == names
+    # One more name of what is there, though the first in order, and ways back to where one came.
+    (root / "0").symlink_to(root / "real")
+    (root / "real/loop").symlink_to("..")
+    (root / "real/depth/loop").symlink_to(".")
+    (root / "up").symlink_to(tmp_path)
+    (far / "room/home").symlink_to(root)
+    assert found() == names
+    (root / "linked").symlink_to(far / "room")
+    assert found() == [*names, *(f"linked/{i}" for i in range(4))]
+
+
 def test_csv_index_elsewhere_with_default_scale(tmp_path):
     write_pair(tmp_path, "a", "x")
     entries = [
@@ -212,6 +290,47 @@ def test_split_and_list(tmp_path):
     # A damaged pair moves no other from one side of the split to the other.
     write_pair(tmp_path, "a", "1", depth=0)
     assert names(split="validation", on_error="skip") == ["a/4", "b/4"]
+
+
+def test_a_list_of_one_side_or_both_moves_no_pair(tmp_path):
+    for name in range(10):
+        write_pair(tmp_path, "a", str(name))
+    path = tmp_path / "list.txt"
+
+    def names(split, lines=None):
+        if lines is not None:
+            path.write_text("\n".join(lines))
+        source = folder(
+            tmp_path, depth_scale=1000, split=split, filename_list="" if lines is None else path
+        )
+        return [source.name(i) for i in range(len(source))]
+
+    train, held_out = names("train"), names("validation")
+    assert names("train", train) == train and names("validation", held_out) == held_out
+    listed = ["a/9", "a/2", "a/3", "a/5"]
+    assert names("train", listed) == listed[1:] and names("validation", listed) == ["a/9"]
+    assert names("", listed) == listed
+    with pytest.raises(SourceError, match="names no pair of split 'validation'"):
+        names("validation", train)
+    with pytest.raises(SourceError, match=r"1 problem.*\n.*line 2: no sample is called 'a/10'"):
+        names("validation", ["a/9", "a/10", "a/2"])
+
+
+def test_a_scale_of_metres_is_refused(tmp_path):
+    for name in ("x", "y"):
+        write_pair(tmp_path, "a", name, suffix=".npy", depth=200)
+    entries = [
+        entry("a", name, depth=f"depth/{name}.npy", depth_scale=scale)
+        for name, scale in (("x", 100), ("y", 1))
+    ]
+    write_index(tmp_path, entries)
+    with pytest.raises(SourceError) as caught:
+        folder(tmp_path, depth_scale=1000)
+    (problem,) = caught.value.problems
+    assert "entry 0: depth_scale 100 is of no use to depth/x.npy: a .npy holds metres" in problem
+    entries[0]["depth_scale"] = None
+    write_index(tmp_path, entries)
+    assert folder(tmp_path, depth_scale=1000)[0]["depth"][0, 0, 0] == 200
 
 
 def test_what_is_no_depth(tmp_path):

@@ -182,6 +182,38 @@ def test_what_is_wrong_is_said(nyu, settings, said):
         data.make_source(**{"name": "tfds:nyu_like", "path": nyu} | settings)
 
 
+@pytest.mark.parametrize(
+    ("kind", "feature", "said"),
+    [
+        ("image", F.Tensor(shape=(24, 32, 3), dtype=np.float32), "of float32 is no image: set"),
+        ("image", F.Tensor(shape=(24, 32, 3), dtype=np.uint16), "of uint16 is no image: set"),
+        ("image", F.Image(shape=(24, 32, 1), dtype=np.float32), "of float32 is no image: set"),
+        ("depth", F.Image(shape=(24, 32, 1)), "of uint8 is no depth: 8 bits are a visualisation"),
+        ("depth", F.Tensor(shape=(24, 32), dtype=np.uint8), "of uint8 is no depth: 8 bits"),
+        ("depth", F.Tensor(shape=(24, 32), dtype=np.bool_), "of bool is no depth: 8 bits"),
+        ("depth", F.Tensor(shape=(24, 32), dtype=np.str_), "of object is no depth: set"),
+    ],
+)
+def test_numbers_of_another_kind_are_refused(tmp_path, kind, feature, said):
+    folder = write_set(tmp_path, "odd", NYU, {"train": [[nyu_like(0)]]})
+    features = F.FeaturesDict({**NYU, kind: feature})
+    (folder / "features.json").write_text(json.dumps(features.to_json()))
+    with pytest.raises(SourceError, match=f"feature '{kind}' {said}"):
+        data.make_source("tfds:odd", path=tmp_path)
+
+
+def test_pictures_may_be_plain_or_of_16_bits(tmp_path):
+    plain = F.Tensor(shape=(24, 32, 3), dtype=np.uint8)
+    deep = F.Image(shape=(24, 32, 1), dtype=np.uint16, encoding_format="png")
+    counts = np.full((24, 32), 32896, np.uint16)
+    for name, feature, value in (("plain", plain, DATA["image"][0]), ("deep", deep, png(counts))):
+        features = F.FeaturesDict({**NYU, "image": feature})
+        write_set(tmp_path, name, features, {"train": [[nyu_like(0) | {"image": value}]]})
+        expected = DATA["image"][0] if name == "plain" else np.full((24, 32, 3), 128)
+        picture = data.make_source(f"tfds:{name}", path=tmp_path)[0]["image"]
+        np.testing.assert_array_equal(picture, expected)
+
+
 def test_only_tfds_takes_a_name_behind_a_colon(nyu):
     with pytest.raises(ValueError, match="only tfds:NAME does"):
         data.make_source("folder:x", path=nyu)

@@ -3,7 +3,7 @@
 import os
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -65,21 +65,29 @@ def inspect_all(
     return findings
 
 
-def wrong_units(source, findings: Sequence[Finding]) -> list[str]:
-    """What no sample shows by itself: a set, or a few of its files, in another unit than metres."""
-    medians = [finding.depth[1] for finding in findings]
-    known = [median for median in medians if np.isfinite(median)]
+def check_units(source, findings: Sequence[Finding]) -> tuple[list[Finding], list[str]]:
+    """What no sample shows by itself: a set, or a few of its files, in another unit than metres.
+
+    Returns the findings, in which such a few are problems, and what is wrong with the set.
+    """
+    known = [finding.depth[1] for finding in findings if np.isfinite(finding.depth[1])]
     if not known:
-        return []
+        return list(findings), []
     typical = float(np.median(known))
     if not SET_MEDIAN[0] <= typical <= SET_MEDIAN[1]:
-        return [f"{source.root}: depth is {typical:g} m typically (median); is its unit right?"]
-    return [
-        f"{source.files(i)['depth']}: {finding.name}: median depth {median:g} m, but"
-        f" {typical:g} m typically in this set; is its unit right?"
-        for i, (finding, median) in enumerate(zip(findings, medians, strict=True))
-        if not finding.problems and not 1 / OUTLIER <= median / typical <= OUTLIER
-    ]
+        problem = f"{source.root}: depth is {typical:g} m typically (median); is its unit right?"
+        return list(findings), [problem]
+    judged = []
+    for i, finding in enumerate(findings):
+        median = finding.depth[1]
+        if not finding.problems and not 1 / OUTLIER <= median / typical <= OUTLIER:
+            problem = (
+                f"{source.files(i)['depth']}: {finding.name}: median depth {median:g} m, but"
+                f" {typical:g} m typically in this set; is its unit right?"
+            )
+            finding = replace(finding, problems=(problem,))
+        judged.append(finding)
+    return judged, []
 
 
 def damaged_shards(source) -> list[str]:

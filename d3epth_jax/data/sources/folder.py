@@ -1,7 +1,8 @@
 """Any directory of RGB + depth pairs, checked as a whole before the first step of training.
 
 Layouts: an index (JSON list of objects, or CSV with the same columns), else folders `rgb/` and
-`depth/` beside each other at any level, paired by file stem. Index fields:
+`depth/` beside each other at any level, paired by the path below them without its suffix ("x", or
+"SCENE/x"). Links to folders are followed, and no folder is visited twice. Index fields:
     rgb, depth    paths relative to the index's folder, or to the folder `source` in it
     source, name  optional: group and name of the pair (default: none, and the picture's stem)
     depth_scale   optional: counts per metre of this depth PNG (default: the argument's)
@@ -13,7 +14,7 @@ import csv
 import functools
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -48,7 +49,9 @@ def folder(
       split: "train", "validation", or "" for all. Every `holdout_every`-th pair is held out, in
         index order. Consecutive frames of a video are near-duplicates, so such a hold-out
         measures memory more than depth: there, hold out whole sources by `holdout_sources`.
-      filename_list, min_valid, on_error: as FileSource.
+      filename_list: as FileSource. It moves no pair across the split, so that a list of the whole
+        set does for both of its parts.
+      min_valid, on_error: as FileSource.
 
     Raises SourceError; ValueError for arguments that make no sense.
     """
@@ -62,14 +65,20 @@ def folder(
     )
     if not items and not problems:
         problems.append("no pairs: neither an index nor folders rgb/ and depth/ beside each other")
-    if filename_list:
-        items, unknown = files.choose(items, filename_list)
-        problems += unknown
+    everything = items
     if split and items:
-        # Before the files are looked at, so that a damaged one moves no other across the split.
+        # Before the files are looked at, and before a list narrows them, so that neither a damaged
+        # pair nor an unlisted one moves another across the split.
         items = _split(items, split, holdout_every, holdout_sources)
         if not items:
             problems.append(f"split {split!r} is empty")
+    if filename_list:
+        listed, unknown = files.choose(everything, filename_list)
+        of_split = {item.name: item for item in items}
+        items = [of_split[item.name] for item in listed if item.name in of_split]
+        problems += unknown
+        if not items and not problems:
+            problems.append(f"{filename_list}: it names no pair of split {split!r}")
     return FileSource(
         root,
         items,
@@ -137,6 +146,11 @@ def _read_index(path: Path, depth_scale: float | None) -> tuple[list[Item], list
             scale = depth_scale
         elif (scale := files.positive(scale)) is None:
             bad.append(f"depth_scale {entry['depth_scale']!r} is not a positive number")
+        elif scale != 1 and texts["depth"].lower().endswith(".npy"):
+            bad.append(
+                f"depth_scale {scale:g} is of no use to {texts['depth']}: a .npy holds metres; save"
+                " it in metres, and leave depth_scale out"
+            )
         if bad:
             problems += [f"{path.name}, entry {number}: {text}" for text in bad]
             continue
@@ -165,35 +179,72 @@ def _locate(root: Path, source: str, text: str) -> Path:
 def _find_pairs(root: Path, depth_scale: float | None) -> tuple[list[Item], list[str]]:
     """Pairs rgb/NAME.* and depth/NAME.* below the root, and the files without a partner."""
     pairs, problems = [], []
-    for folder, children, _ in os.walk(root):
-        children.sort()
-        folder = Path(folder)
+    for folder, children in _walk(root):
         if not {"rgb", "depth"} <= set(children):
             continue
-        found = []
-        for kind, suffixes in (("rgb", PICTURES), ("depth", DEPTHS)):
-            files: dict[str, Path] = {}
-            for file in sorted((folder / kind).iterdir()):
-                if file.suffix.lower() not in suffixes or file.name.startswith("."):
-                    continue
-                if file.stem in files:
-                    problems.append(f"{file}: same name as {files[file.stem].name}; keep one")
-                files[file.stem] = file
-            found.append(files)
-        pictures, depths = found
         source = folder.relative_to(root).as_posix().removeprefix(".")
-        for stem in sorted(pictures | depths):
-            if stem not in depths:
-                wanted = folder / "depth" / stem
-                problems.append(f"{pictures[stem]}: missing depth {wanted}.png or .npy")
-            elif stem not in pictures:
-                wanted = folder / "rgb" / stem
-                problems.append(f"{depths[stem]}: missing image {wanted}.png or .jpg")
-            else:
-                group, name = source or root.name, f"{source}/{stem}" if source else stem
-                pair = {"image": pictures[stem], "depth": depths[stem]}
-                pairs.append(Item(name, group, pair, {"depth_scale": depth_scale}))
+        flat = False
+        for below in sorted({*_subfolders(folder / "rgb"), *_subfolders(folder / "depth")}):
+            pictures = _by_stem(folder / "rgb" / below, PICTURES, problems)
+            depths = _by_stem(folder / "depth" / below, DEPTHS, problems)
+            if not below:
+                flat = bool(pictures and depths)
+            elif flat and not (pictures and depths):
+                continue  # beside pairs, what only one of the two has is previews and the like
+            group = "/".join(filter(None, (source, below)))
+            for stem in sorted(pictures | depths):
+                if stem not in depths:
+                    wanted = folder / "depth" / below / stem
+                    problems.append(f"{pictures[stem]}: missing depth {wanted}.png or .npy")
+                elif stem not in pictures:
+                    wanted = folder / "rgb" / below / stem
+                    problems.append(f"{depths[stem]}: missing image {wanted}.png or .jpg")
+                else:
+                    name = f"{group}/{stem}" if group else stem
+                    pair = {"image": pictures[stem], "depth": depths[stem]}
+                    pairs.append(Item(name, group or root.name, pair, {"depth_scale": depth_scale}))
     return pairs, problems
+
+
+def _by_stem(folder: Path, suffixes: set[str], problems: list[str]) -> dict[str, Path]:
+    """A folder's files of these suffixes, none where it is not there; equal stems are told."""
+    found: dict[str, Path] = {}
+    for file in sorted(folder.iterdir()) if folder.is_dir() else ():
+        if file.suffix.lower() not in suffixes or file.name.startswith("."):
+            continue
+        if file.stem in found:
+            problems.append(f"{file}: same name as {found[file.stem].name}; keep one")
+        found[file.stem] = file
+    return found
+
+
+def _subfolders(top: Path) -> Iterator[str]:
+    """Paths of the folders below rgb/ or depth/ that may hold its files, "" for itself."""
+    for folder, children in _walk(top):
+        yield folder.relative_to(top).as_posix().removeprefix(".")
+        # A folder with both in it is a source of its own; hidden ones hold some program's copies.
+        inner = {"rgb", "depth"} <= set(children)
+        children[:] = [name for name in children if not (inner or name.startswith("."))]
+
+
+def _walk(top: Path) -> Iterator[tuple[Path, list[str]]]:
+    """Every folder and the folders in it, which the caller may prune; links are followed.
+
+    Links come last, so that what is there without them keeps its name and its place in the order.
+    """
+    # A link to a folder that holds this one leads back here, and to all that is beside it.
+    visited = set(top.resolve().parents)
+    starts = [top]
+    for start in starts:  # grows
+        for path, children, _ in os.walk(start):
+            folder = Path(path)
+            if (real := folder.resolve()) in visited:
+                children.clear()
+                continue
+            visited.add(real)
+            children.sort()
+            yield folder, children
+            starts += [folder / name for name in children if (folder / name).is_symlink()]
 
 
 def _split(

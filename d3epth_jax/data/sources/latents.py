@@ -68,7 +68,7 @@ class CachedLatents:
         if unknown := [key for key in keys if key not in manifest["shapes"]]:
             problems.append(
                 f"the cache has no {', '.join(unknown)}: set loss.beta.gt=0, or cache with"
-                " cache.gt=True"
+                " cache.target=True"
             )
         if pictures is not None:
             names = [pictures.name(i) for i in range(len(pictures))]

@@ -245,7 +245,8 @@ def _feature_problems(features, keys: dict[str, str]) -> list[str]:
     problems = []
     for kind, key in keys.items():
         try:
-            shape = tuple(_at(features, key).shape)
+            feature = _at(features, key)
+            shape = tuple(feature.shape)
         except (KeyError, TypeError, AttributeError):
             problems.append(
                 f"no feature {key!r}; set `{kind}` to one of {', '.join(sorted(features))}"
@@ -255,7 +256,22 @@ def _feature_problems(features, keys: dict[str, str]) -> list[str]:
         flat = kind == "depth" and len(shape) == 2
         if not flat and not (len(shape) == 3 and shape[-1] in channels):
             problems.append(f"feature {key!r} of shape {list(shape)} is no {kind}")
+        elif problem := _type_problem(feature, kind):
+            problems.append(f"feature {key!r} of {np.dtype(feature.np_dtype)} {problem}")
     return problems
+
+
+def _type_problem(feature, kind: str) -> str:
+    """Why a feature of this type is no picture, or no depth; "" if it may be one."""
+    dtype = np.dtype(feature.np_dtype)
+    if kind == "image":
+        # Encoded ones say themselves what their numbers mean, but for TFDS' float32 in a PNG.
+        encoded = isinstance(feature, FEATURES.Image) and dtype != np.float32
+        known = encoded or dtype == np.uint8
+        return "" if known else "is no image: set `image` to uint8 (0..255) or an encoded image"
+    if dtype.itemsize == 1:
+        return "is no depth: 8 bits are a visualisation; set `depth` to metres or 16-bit counts"
+    return "is no depth: set `depth` to numbers" if dtype.kind in "OSU" else ""
 
 
 def _at(nest, key: str):
