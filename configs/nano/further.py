@@ -1,10 +1,11 @@
-"""A student goes on in pixel space, by default the shipped one, with scenes that it has not seen.
+"""A model goes on in pixel space, by default the shipped student, with scenes it has not seen.
 
     python -m d3epth_jax.main --config=configs/nano/further.py         # an hour on 2 CPU cores
     python -m d3epth_jax.main --config=configs/nano/further.py:tiny    # seconds: does it run?
 
-It is how scenes of a newer version reach the student without training all anew (train.py:long).
-`--config.stage2.init` names another student's model to begin with. RESULTS.md says what came of it.
+It is how scenes of a newer version reach a model without training all anew (train.py:long).
+`--config.stage2.init` names what to begin with, nano-teacher for instance. RESULTS.md says what
+came of it.
 """
 
 from ml_collections import ConfigDict
@@ -27,8 +28,8 @@ def stage2(tiny: bool = False) -> ConfigDict:
 def evaluation(tiny: bool = False) -> ConfigDict:
     models = {
         "D2-nano, the teacher": "nano-teacher",
-        "D3-nano before": "nano",
-        "D3-nano": "{workdir}/stage2/model",
+        "before": "nano",
+        "after": "{workdir}/stage2/model",
     }
     return nano.show(nano.evaluation(tiny), models)
 
@@ -41,5 +42,5 @@ def get_config(argument: str | None = None) -> ConfigDict:
     config.jobs = ("stage2", "evaluation")
     config.stage2 = stage2(tiny)
     config.evaluation = evaluation(tiny)
-    config.evaluation.models["D3-nano before"] = config.stage2.get_oneway_ref("init")
+    config.evaluation.models.before = config.stage2.get_oneway_ref("init")
     return config
