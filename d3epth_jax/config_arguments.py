@@ -88,6 +88,8 @@ def wrong_keys(config, argv: Sequence[str]) -> list[str]:
         keys = re.findall(r"""\.([^.[]+)|\[["']?(.+?)["']?\]""", override[1]) if override else []
         place, here = "config", config
         for key in map("".join, keys):  # of .KEY and ["KEY"] one is empty
+            if isinstance(here, (list, tuple)):
+                break  # an item of it is set
             if not hasattr(here, "keys"):
                 problems.append(f"{argument}: {place} is {here!r}, without settings of its own")
                 break

@@ -41,6 +41,7 @@ def shares(config) -> list[float]:
 def check(config) -> None:
     """Raises ValueError with everything wrong with the settings of the data, without reading it."""
     problems, mixed = [], bool(config.data.also)
+    caches = config.teacher.cache or config.get("job") == "cache"
     for name, part in parts(config).items():
         where = key_of(name)
         if part.crop not in CROPS:
@@ -49,7 +50,7 @@ def check(config) -> None:
             problems.append(f"{where}.flip is a probability, not {part.flip}")
         if not re.fullmatch(r"[\w-]+", name):
             problems.append(f"{where}: a name of letters, digits, _ and - is needed")
-        if part.source.name == "procedural":
+        if part.source.name == "procedural" and not caches:
             problems += _of_scenes(part, where)
         if part.source.name == "procedural" and mixed:
             problems.append(
@@ -61,7 +62,7 @@ def check(config) -> None:
     if not all(share > 0 for share in shares(config)):
         told = ", ".join(f"{name} {part.share:g}" for name, part in config.data.also.items())
         problems.append(f"shares of data.also are positive and sum to less than 1, not {told}")
-    if config.teacher.cache or config.get("job") == "cache":
+    if caches:
         problems += _cannot_be_cached(config)
     if problems:
         raise ValueError("\n".join(problems))
@@ -190,8 +191,9 @@ def require_apart(training, validation) -> None:
             f" eval.source.seed, both {seeds[0]}, different values"
         )
     # Of a cached or built source the pictures need not be there any more.
-    origins = (_pictures, _names_in_root)
-    if both := max((of(training) & of(validation) for of in origins), key=len):
+    copied = any(isinstance(s, CachedLatents) or _built_from(s) for s in (training, validation))
+    identity = _names_in_root if copied else _pictures
+    if both := identity(training) & identity(validation):
         first = min(both)
         raise ValueError(
             f"{len(both)} samples are both trained and evaluated on, {' '.join(first)} the first:"
@@ -200,30 +202,35 @@ def require_apart(training, validation) -> None:
 
 
 def origin(source) -> str | None:
-    """The folder that the samples of a source come from; None if that is not one folder."""
+    """The folder that the samples of a source come from, or that of their copies if many."""
     roots = {root for root, _ in _names_in_root(source)}
-    return roots.pop() if len(roots) == 1 else None
+    return roots.pop() if len(roots) == 1 else getattr(source, "root", None) and str(source.root)
 
 
 def _names_in_root(source) -> set[tuple[str, ...]]:
     """The samples by the folder that they come from, also where they were copied from it."""
-    if isinstance(source, CachedLatents):
-        root = source.manifest["about"]["source"]
-    elif (root := getattr(source, "root", None)) is None:
+    cached = isinstance(source, CachedLatents)
+    root = source.manifest["about"]["source"] if cached else getattr(source, "root", None)
+    if root is None:
         return set()
-    root, built = str(pathlib.Path(root).resolve()), _folders_of_shards(source)
+    root, built = str(pathlib.Path(root).resolve()), _built_from(source)
     names = enumerate(map(source.name, range(len(source))))
     if not built:
         return {(root, name) for _, name in names}
     return {(built[pathlib.Path(source.files(i)["image"]).name], name) for i, name in names}
 
 
-def _folders_of_shards(source) -> dict[str, str]:
+def _built_from(source) -> dict[str, str]:
     """{shard: what `d3epth data build` read it from}; empty for a source that it did not write."""
     if not (hasattr(source, "files") and (source.root / "dataset_info.json").is_file()):
         return {}
-    found = manifest.read_manifests(source.root).values()
-    return {shard: each["plan"]["source"]["path"] for each in found for shard in each["shards"]}
+    found = {}
+    for each in manifest.read_manifests(source.root).values():
+        origin = each["plan"]["source"]
+        # Of "tfds:NAME/SPLIT" the path holds many data sets.
+        dataset = origin["name"].partition(":")[2].rpartition("/")[0] or origin.get("dataset", "")
+        found |= dict.fromkeys(each["shards"], str(pathlib.Path(origin["path"], dataset)))
+    return found
 
 
 def _pictures(source) -> set[tuple[str, ...]]:

@@ -155,6 +155,7 @@ def test_the_fused_kernel_is_chosen_where_it_can_be(
     device = types.SimpleNamespace(compute_capability=capability)
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu" if capability else "cpu")
     monkeypatch.setattr(jax, "devices", lambda: [device])
+    monkeypatch.setattr(jax, "device_count", lambda: 1)
     monkeypatch.setattr(jax.nn, "dot_product_attention", kernel)
     x = jax.ShapeDtypeStruct((1, tokens, 2, depth), dtype)
     mask = np.ones((tokens, tokens), bool) if masked else None
@@ -162,7 +163,12 @@ def test_the_fused_kernel_is_chosen_where_it_can_be(
     assert seen == (["cudnn"] if fused else [])
     prompt = jax.ShapeDtypeStruct((1, 77, 2, depth), dtype)
     jax.eval_shape(lambda x, prompt: attention(x, prompt, prompt), x, prompt)
-    assert len(seen) == fused, "a prompt is not split over devices as the pictures are"
+    possible = len(seen)
+    monkeypatch.setattr(jax, "device_count", lambda: 2)
+    jax.eval_shape(lambda x, prompt: attention(x, prompt, prompt), x, prompt)
+    assert len(seen) == possible, "a prompt is not split over devices as the pictures are"
+    jax.eval_shape(lambda x: attention(x, x, x, mask), x)
+    assert len(seen) == possible + fused
 
 
 @pytest.mark.skipif(jax.default_backend() != "gpu", reason="cuDNN needs an NVIDIA GPU")

@@ -171,19 +171,12 @@ def test_what_lies_below_pairs_moves_none_of_them(tmp_path):
         write_pair(tmp_path, "", name)
     write_pair(tmp_path, "rgb/scene", "inner")
     previews = [f"{kind}/more/.previews/a.png" for kind in ("rgb", "depth")]
-    for unrelated in ("depth/previews/a.png", *previews):
-        (tmp_path / unrelated).parent.mkdir(parents=True)
-        Image.new("L", SHAPE[::-1], 9).save(tmp_path / unrelated)
+    sizes = [f"{kind}/half/a.png" for kind in ("rgb", "depth")]
+    for unrelated in ("depth/previews/a.png", "depth/previews/a.npy", *previews, *sizes):
+        (tmp_path / unrelated).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("L", SHAPE[::-1], 9).save(tmp_path / unrelated, "png")
     source = folder(tmp_path, depth_scale=1000)
     assert [source.name(i) for i in range(len(source))] == ["a", "z", "rgb/scene/inner"]
-
-    # Pairs in a subfolder of both are found, behind those that were found without them.
-    write_pair(tmp_path, "far", "b")
-    for kind in ("rgb", "depth"):
-        (tmp_path / f"far/{kind}/b.png").rename(tmp_path / kind / "more/b.png")
-    source = folder(tmp_path, depth_scale=1000)
-    names = ["a", "z", "more/b", "rgb/scene/inner"]
-    assert [source.name(i) for i in range(len(source))] == names
 
 
 def test_links_to_folders_are_followed_once(tmp_path):

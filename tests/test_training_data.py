@@ -1,6 +1,7 @@
 """What a config says of training data: one source or a mix, kept apart from the evaluation."""
 
 import inspect
+import json
 
 import numpy as np
 import pytest
@@ -164,6 +165,19 @@ def test_a_built_copy_of_what_is_evaluated_on_is_noticed(tmp_path, monkeypatch):
         with pytest.raises(ValueError, match="2 samples are both trained and evaluated on"):
             training_data.require_apart(training, validation)
     training_data.require_apart(raw["train"], held)
+
+
+def test_two_indexes_below_one_folder_may_share_names(tmp_path):
+    for room in ("kitchen", "lab"):
+        write_pairs(tmp_path / room, 3)
+        entries = [{"rgb": f"rgb/{i:03}.png", "depth": f"depth/{i:03}.png"} for i in range(3)]
+        (tmp_path / room / "index.json").write_text(json.dumps(entries))
+    kitchen, lab = (
+        data.make_source("folder", path=tmp_path, index=f"{r}/index.json", depth_scale=1000.0)
+        for r in ("kitchen", "lab")
+    )
+    assert kitchen.name(0) == lab.name(0)
+    training_data.require_apart(kitchen, lab)
 
 
 def test_scenes_of_one_seed_are_not_trained_and_evaluated_on():

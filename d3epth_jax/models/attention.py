@@ -21,7 +21,7 @@ def attention(
     mask: bool [N, M], False where a query must not look; every query sees something.
     implementation: "chunked" holds at most `MAX_LOGITS` logits at a time, or those of one query,
       "cudnn" is the fused kernel of an NVIDIA GPU, for 16-bit types and without a mask; None: cudnn
-      where it can be, the tokens look at one another and are enough, else chunked. That is also a
+      where it can be and there are keys enough, else chunked. That is also a
       TPU's: the fused kernels that JAX has for one have not been tried here.
 
     ValueError for another implementation, and for cudnn with a mask.
@@ -29,9 +29,9 @@ def attention(
     if implementation is None:
         fused = _device_has_cudnn_attention() and q.dtype.itemsize == 2 and mask is None
         fits = q.shape[-1] <= 128 and q.shape[-1] % 8 == 0 and k.shape[1] >= FUSED_MIN_KEYS
-        # Not to a prompt: every device has all of it but only its share of the pictures, and the
-        # kernel is not compiled for several devices unless q, k and v are split alike.
-        fits &= k.shape[1] == q.shape[1]
+        # To a prompt on one device alone: of several each has all of it but only its share of the
+        # pictures, and the kernel is not compiled for them unless q, k and v are split alike.
+        fits &= k.shape[1] == q.shape[1] or jax.device_count() == 1
         implementation = "cudnn" if fused and fits else "chunked"
     if implementation == "cudnn":
         if mask is not None:

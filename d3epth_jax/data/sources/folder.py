@@ -183,14 +183,9 @@ def _find_pairs(root: Path, depth_scale: float | None) -> tuple[list[Item], list
         if not {"rgb", "depth"} <= set(children):
             continue
         source = folder.relative_to(root).as_posix().removeprefix(".")
-        flat = False
         for below in sorted({*_subfolders(folder / "rgb"), *_subfolders(folder / "depth")}):
             pictures = _by_stem(folder / "rgb" / below, PICTURES, problems)
             depths = _by_stem(folder / "depth" / below, DEPTHS, problems)
-            if not below:
-                flat = bool(pictures and depths)
-            elif flat and not (pictures and depths):
-                continue  # beside pairs, what only one of the two has is previews and the like
             group = "/".join(filter(None, (source, below)))
             for stem in sorted(pictures | depths):
                 if stem not in depths:
@@ -203,6 +198,8 @@ def _find_pairs(root: Path, depth_scale: float | None) -> tuple[list[Item], list
                     name = f"{group}/{stem}" if group else stem
                     pair = {"image": pictures[stem], "depth": depths[stem]}
                     pairs.append(Item(name, group or root.name, pair, {"depth_scale": depth_scale}))
+            if not below and pictures and depths:
+                break  # what lies below pairs is previews, other sizes and the like
     return pairs, problems
 
 
