@@ -52,6 +52,8 @@ def own_cache(tmp_path_factory):
         # With an upper limit JAX locks the folder: no worker reads what another is writing.
         jax.config.update("jax_compilation_cache_max_size", 8 * 2**30)
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
+        # Said here as well, or our commands keep every small program, each under that lock.
+        patch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
         jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)
         yield
 
