@@ -98,10 +98,10 @@ def plan(args: argparse.Namespace, problems: Sequence[str] = ()) -> list[dict]:
         ways = [(not args.no_remat, args.micro)]  # rematerialised, pictures at a time
         if args.all and not args.no_remat:
             ways += [(False, args.micro)]
-        if args.all and stage == "stage2" and not args.no_remat:
-            # As the configs do it, whether or not all fit at once.
+            # As stage 2's configs do it, whether or not all fit at once.
             fourth = [n for n in range(1, args.train_batch // 4 + 1) if args.train_batch % n == 0]
-            ways += [(False, fourth[-1])] if fourth and not args.micro else []
+            accumulates = stage == "stage2" and fourth and not args.micro
+            ways += [(False, fourth[-1])] if accumulates else []
         return [
             {
                 **{"what": stage, "model": model, "size": sizes["train_size"]},

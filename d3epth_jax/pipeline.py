@@ -22,7 +22,7 @@ from d3epth_jax.weights.prompt import PromptEncoder
 
 log = logging.getLogger(__name__)
 
-SQUEEZED = (0.39, 2.55)  # as the shipped nano (its teacher from 0.5) in training, and a bit more
+SQUEEZED = (0.39, 2.55)  # as the shipped nano models in training, and a bit more
 
 
 @dataclasses.dataclass(frozen=True)
