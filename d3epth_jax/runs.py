@@ -1,7 +1,9 @@
-"""What a workdir says of its run: its settings, and which models it started from."""
+"""What a workdir says of its run: its settings, the models it started from, and its samples."""
 
+import hashlib
 import json
 import pathlib
+from collections.abc import Mapping
 
 from flax.traverse_util import flatten_dict
 
@@ -80,3 +82,32 @@ def _origins(config) -> dict[str, str]:
         for origin, version in found.items()
         if origin and (digest := hub.digest(origin, version.revision or None))
     }
+
+
+def claim_samples(workdir: pathlib.Path, sources: Mapping, *, in_use: bool) -> None:
+    """Writes down what a run is trained on; ValueError if one that goes on would see other samples.
+
+    Its place among them is kept by number: with files added or gone it would show some twice and
+    others never. sources: {name: source}; rendered scenes are told by their settings.
+    """
+    path = workdir / "samples.json"
+    before = json.loads(path.read_text()) if in_use and path.exists() else {}
+    now = {name: _samples(source) for name, source in sources.items() if hasattr(source, "name")}
+    if changed := [
+        f"{name}: {before[name]['count']} samples, now {each['count']}"
+        for name, each in now.items()
+        if before.get(name, each) != each
+    ]:
+        raise ValueError(
+            f"{workdir} is trained on other samples than are there now ({'; '.join(changed)}):"
+            " put them back as they were, or choose another --workdir; --config.init="
+            f"{workdir / 'model'} goes on from a finished run's model"
+        )
+    path.write_text(json.dumps(before | now, indent=2) + "\n")
+
+
+def _samples(source) -> dict:
+    names = hashlib.sha256()
+    for i in range(len(source)):
+        names.update(source.name(i).encode() + b"\0")
+    return {"count": len(source), "names": names.hexdigest()}

@@ -61,6 +61,7 @@ def run(config, workdir: pathlib.Path) -> pathlib.Path:
 
         mesh = sharding.make_mesh(config.fsdp)
         training, validation = training_data.make_sources(config)
+        runs.claim_samples(workdir, training, in_use=in_use)
         batches = training_data.make_batches(config, mesh, training)
 
         train_what_is_absent(config)

@@ -191,7 +191,7 @@ def require_apart(training, validation) -> None:
             f" eval.source.seed, both {seeds[0]}, different values"
         )
     # Of a cached or built source the pictures need not be there any more.
-    copied = any(isinstance(s, CachedLatents) or _built_from(s) for s in (training, validation))
+    copied = any(isinstance(s, CachedLatents) or _has_shards(s) for s in (training, validation))
     identity = _names_in_root if copied else _pictures
     if both := identity(training) & identity(validation):
         first = min(both)
@@ -220,9 +220,14 @@ def _names_in_root(source) -> set[tuple[str, ...]]:
     return {(built[pathlib.Path(source.files(i)["image"]).name], name) for i, name in names}
 
 
+def _has_shards(source) -> bool:
+    """Whether its root is a set of TFDS, as `d3epth data build` writes too."""
+    return hasattr(source, "files") and (source.root / "dataset_info.json").is_file()
+
+
 def _built_from(source) -> dict[str, str]:
     """{shard: what `d3epth data build` read it from}; empty for a source that it did not write."""
-    if not (hasattr(source, "files") and (source.root / "dataset_info.json").is_file()):
+    if not _has_shards(source):
         return {}
     found = {}
     for each in manifest.read_manifests(source.root).values():
