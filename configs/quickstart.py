@@ -8,7 +8,8 @@
 2. stage2: the student is refined in pixel space, light decoder included.
 3. eval: held-out scenes; student and teacher against predictors that know nothing.
 
-The teacher, D^2-nano, is of configs/nano/train.py:long, which trains its student for longer.
+The teacher is D^2-nano: configs/nano/train.py:long, then configs/nano/further.py. The former
+trains its student for longer.
 """
 
 from ml_collections import ConfigDict

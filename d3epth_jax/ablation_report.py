@@ -15,6 +15,7 @@ from PIL import Image, ImageDraw, ImageFont
 from d3epth_jax import atomic
 from d3epth_jax import image as image_lib
 from d3epth_jax.tables import format_table
+from d3epth_jax.weights import files
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,8 +104,7 @@ def write(
 ) -> None:
     """Writes ablation.{json,md,png} of all evaluations there are so far."""
     content = collect(workdir, arms, comparisons)
-    with atomic.replacing(workdir / "ablation.json") as partial:
-        partial.write_text(json.dumps(content, indent=2) + "\n")
+    files.write_json(workdir / "ablation.json", content)
     with atomic.replacing(workdir / "ablation.md") as partial:
         partial.write_text(markdown(content))
     image_lib.save_png(workdir / "ablation.png", chart(content))

@@ -1,10 +1,22 @@
-"""Files that are whole or not there at all."""
+"""Files that are whole or not there at all, and folders for one process at a time."""
 
 import contextlib
+import fcntl
 import os
 import secrets
 from collections.abc import Iterator
 from pathlib import Path
+
+
+@contextlib.contextmanager
+def locked(path: str | os.PathLike, refusal: Exception) -> Iterator[None]:
+    """Holds the lock file `path`, which stays; raises `refusal` where another process holds it."""
+    with open(path, "w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise refusal from error
+        yield
 
 
 @contextlib.contextmanager

@@ -12,7 +12,6 @@ import jax
 import numpy as np
 
 from d3epth_jax import (
-    atomic,
     data,
     ensemble,
     from_config,
@@ -284,8 +283,7 @@ def claim(folder: pathlib.Path, manifest: dict) -> Iterator[list[tuple[str, rang
             if written in names or jax.process_count() == 1:
                 partial.unlink()
         if not (folder / latents.MANIFEST).is_file():
-            with atomic.replacing(folder / latents.MANIFEST) as partial:
-                files.write_json(partial, manifest)
+            files.write_json(folder / latents.MANIFEST, manifest)
         missing = [
             (name, rows)
             for name, rows in own.values()

@@ -1,6 +1,7 @@
 """Orbax, all of it: checkpoints for exact resume, with the data position, and single trees."""
 
 import contextlib
+import json
 import pathlib
 from collections.abc import Iterator
 
@@ -58,6 +59,18 @@ class Checkpoints:
         ):
             restored = self._manager.restore(self.latest, args=args)
         return restored.state, restored.data
+
+
+def newest(directory: pathlib.Path) -> pathlib.Path | None:
+    """The folder of a run's newest checkpoint, None where there is none."""
+    steps = (path for path in directory.iterdir() if path.name.isdigit())
+    return max(steps, key=lambda path: int(path.name), default=None)
+
+
+def saved_at(step: pathlib.Path) -> int | None:
+    """When a checkpoint was complete, in nanoseconds, by which two of one step are told apart."""
+    path = step / "_CHECKPOINT_METADATA"
+    return json.loads(path.read_text())["commit_timestamp_nsecs"] if path.exists() else None
 
 
 def abstract(tree):

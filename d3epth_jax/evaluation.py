@@ -2,18 +2,18 @@
 
 import csv
 import dataclasses
-import json
 import pathlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import numpy as np
 
-from d3epth_jax import atomic, gallery, metrics
+from d3epth_jax import gallery, metrics
 from d3epth_jax import image as image_lib
 from d3epth_jax.data import read_samples
 from d3epth_jax.progress import Progress
 from d3epth_jax.protocols import PROTOCOLS, Protocol
 from d3epth_jax.tables import format_table
+from d3epth_jax.weights import files
 
 COLUMNS = {  # of the table; metric key: (title, digits). All metrics are in the files.
     "abs_rel": ("AbsRel", 4),
@@ -144,8 +144,7 @@ class Results:
             if pictures is not None:
                 image_lib.save_png(path, pictures)
         # Last, and whole or not at all: where it is, all is there.
-        with atomic.replacing(directory / f"{name}.json") as partial:
-            partial.write_text(json.dumps(summary, indent=2) + "\n")
+        files.write_json(directory / f"{name}.json", summary)
 
 
 def evaluate(

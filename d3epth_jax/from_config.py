@@ -73,7 +73,7 @@ def _check_choices(config) -> None:
     ]
     counts = {"steps": 1, "accumulate": 1, "log_every": 1, "checkpoint_every": 1}
     problems += too_small(config.data, "data", batch_size=1)
-    problems += too_small(config.train, "train", **counts)
+    problems += too_small(config.train, "train", host_ema_every=0, **counts)
     problems += too_small(config.eval, "eval", every=1, **EVALUATED)
     problems += too_small(config.schedule, "schedule", learning_rate=0)
     resolution, aspect = config.model.processing_resolution, config.model.processing_aspect
@@ -404,7 +404,7 @@ def read_run(workdir: pathlib.Path) -> Start:
         teacher, (model, params, text), trainable, rest = make_models(config)
         _, tasks, _ = make_loss(config, model, params, trainable, teacher)
         tx, _, task_weights = make_optimizer(config, len(tasks))
-        mesh = sharding.make_mesh(devices=jax.devices()[:1])
+        mesh = sharding.make_mesh(devices=jax.local_devices()[:1])
         abstract_state = jax.eval_shape(lambda: init_train_state(trainable, tx, task_weights))
         state, _ = checkpoints.restore(
             jax.tree.map(

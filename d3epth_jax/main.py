@@ -15,11 +15,18 @@ from absl import app, flags
 from flax.traverse_util import flatten_dict
 from ml_collections import ConfigDict, config_flags
 
-from d3epth_jax import config_arguments, sharding
+from d3epth_jax import config_arguments, hosts, sharding
 from d3epth_jax.compilation_cache import use_compilation_cache
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "The config file.", lock_config=True)
 WORKDIR = flags.DEFINE_string("workdir", None, "Output folder; the config's own by default.")
+DISTRIBUTED = flags.DEFINE_string(
+    "distributed",
+    None,
+    "One of several processes that train together, each started with the same arguments: auto on a"
+    " TPU pod, under Slurm, Open MPI or Kubernetes; else ADDRESS:PORT,COUNT,INDEX of process 0's"
+    " address, how many there are, and which one this is.",
+)
 flags.mark_flag_as_required("config")
 
 log = logging.getLogger("d3epth_jax")
@@ -35,6 +42,9 @@ def main(argv: list[str]) -> None:
     workdir = pathlib.Path(WORKDIR.value or config.workdir)
     sharding.use_cpu_cores(config.cpu_devices)
     use_compilation_cache()
+    if DISTRIBUTED.value:
+        hosts.join(DISTRIBUTED.value)
+        log.setLevel(logging.INFO if hosts.is_first() else logging.WARNING)
     jobs = {name: config[name] for name in config.jobs} if "jobs" in config else {"": config}
     began = time.monotonic()
     filled = {name: fill_in(job, workdir) for name, job in jobs.items()}
@@ -69,7 +79,9 @@ def run_job(config: ConfigDict, workdir: pathlib.Path) -> None:
         raise ValueError(f"unknown job {config.job!r}: choose one of {sorted(jobs)}")
     log.info("%s: %s", config.job, workdir)
     _, run = jobs[config.job]
-    run(config, workdir)
+    if config.job != "eval" or hosts.is_first():
+        run(config, workdir)
+    hosts.meet(f"{workdir} is done")
 
 
 def check_jobs(jobs: dict[str, ConfigDict]) -> None:

@@ -8,6 +8,7 @@ import pathlib
 
 import numpy as np
 
+from d3epth_jax import atomic, hosts
 from d3epth_jax import image as image_lib
 
 log = logging.getLogger(__name__)
@@ -17,17 +18,20 @@ class MetricWriter:
     """Writes to `<workdir>/metrics.jsonl`, `<workdir>/pictures` and `<workdir>/tensorboard`.
 
     A resumed run continues its file: lines after `start_step` are dropped, since they are about to
-    be written again.
+    be written again. Of several processes only the first one writes.
     """
 
     def __init__(self, workdir: pathlib.Path, *, start_step: int = 0):
+        self._file = self._tensorboard = None
+        if not hosts.is_first():
+            return
         self._pictures = workdir / "pictures"
         self._pictures.mkdir(parents=True, exist_ok=True)
         path = workdir / "metrics.jsonl"
         kept = [row for row in read_metrics(path) if row["step"] <= start_step]
-        path.write_text("".join(json.dumps(row) + "\n" for row in kept))
+        with atomic.replacing(path) as partial:
+            partial.write_text("".join(json.dumps(row) + "\n" for row in kept))
         self._file = path.open("a")
-        self._tensorboard = None
         if importlib.util.find_spec("tensorboardX"):
             from tensorboardX import SummaryWriter
 
@@ -42,20 +46,23 @@ class MetricWriter:
         # JSON has no NaN; a metric without a value is null.
         row = {name: value if math.isfinite(value) else None for name, value in named.items()}
         log.info("step %d: %s", step, ", ".join(f"{n} {v:.4g}" for n, v in values.items()))
-        self._file.write(json.dumps({"step": step, **row}) + "\n")
-        self._file.flush()
+        if self._file:
+            self._file.write(json.dumps({"step": step, **row}) + "\n")
+            self._file.flush()
         if self._tensorboard:
             for name, value in named.items():
                 self._tensorboard.add_scalar(name, value, step)
 
     def picture(self, step: int, name: str, picture: np.ndarray) -> None:
         """A picture uint8 [H,W,3]."""
-        image_lib.save_png(self._pictures / f"{name}_{step:07d}.png", picture)
+        if self._file:
+            image_lib.save_png(self._pictures / f"{name}_{step:07d}.png", picture)
         if self._tensorboard:
             self._tensorboard.add_image(name, picture, step, dataformats="HWC")
 
     def close(self) -> None:
-        self._file.close()
+        if self._file:
+            self._file.close()
         if self._tensorboard:
             self._tensorboard.close()
 

@@ -70,7 +70,7 @@ class DepthPipeline:
             but for rounding. What is saved is not folded.
         """
         self.model, self.text = model, text
-        self.mesh = mesh or sharding.make_mesh(devices=jax.devices()[:1])
+        self.mesh = mesh or sharding.make_mesh(devices=jax.local_devices()[:1])
         self.params = sharding.put_params(params, self.mesh, dtype)
         self.fold, self._variants = fold, {}
 
@@ -179,25 +179,25 @@ class DepthPipeline:
         cells = tuple(-(-side // self.model.downsample) for side in inner)
         shape = len(pictures), ensemble_size, *cells, self.model.autoencoder.latent_channels
         initial = self._initial_latents(shape, latents, key)
-
+        encoded = -(-batch_size // ensemble_size)  # pictures whose members fill a call
         model, params = self.networks(steps, latents)
         # Bytes are a quarter of what is to be copied, and the device makes numbers of them faster.
         as_bytes = inner == size and all(each.dtype == np.uint8 for each in pictures)
-        program = functools.partial(_program, model, self.mesh, (batch_size, *cells))
-        encode = program(_encode_bytes if as_bytes else inference.encode_image)
-        predict = program(inference.predict_depth, steps)
+        program = functools.partial(_program, model, self.mesh)
+        encode = program((encoded, *cells), _encode_bytes if as_bytes else inference.encode_image)
+        predict = program((batch_size, *cells), inference.predict_depth, steps)
 
         def prepared(picture):
             if not as_bytes:
                 picture = image_lib.resize(_to_signed(picture), inner, antialias=True)
             return image_lib.pad_to_multiple(picture, self.model.downsample)[0]
 
-        def put(part):
-            return self._put(part[np.arange(batch_size).clip(max=len(part) - 1)])
+        def put(part, count=batch_size):
+            return self._put(part[np.arange(count).clip(max=len(part) - 1)])
 
         rgb = _in_batches(
-            lambda part: encode(params, put(np.stack([prepared(p) for p in part]))),
-            batch_size,
+            lambda part: encode(params, put(np.stack([prepared(p) for p in part]), encoded)),
+            encoded,
             pictures,
         )
         prediction, latent = _in_batches(

@@ -1,13 +1,15 @@
 """What a workdir says of its run: its settings, the models it started from, and its samples."""
 
+import contextlib
 import hashlib
 import json
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 from flax.traverse_util import flatten_dict
 
-from d3epth_jax.weights import hub
+from d3epth_jax import atomic, hosts
+from d3epth_jax.weights import files, hub
 
 # Ends of keys that may differ where a run goes on: nothing of what comes out depends on them.
 # (Where a run is says its path; a config alone says where it would be.)
@@ -15,6 +17,26 @@ FREE = (
     *(".workdir", ".train.log_every", ".train.checkpoint_every", ".train.keep_checkpoints"),
     *(".train.profile", ".eval.batch_size", ".eval.num_pictures"),
 )
+
+
+@contextlib.contextmanager
+def alone(workdir: pathlib.Path) -> Iterator[None]:
+    """The workdir is this run's until the context is left; ValueError if another is at work there.
+
+    Two would write over each other's checkpoints, and neither notice.
+    """
+    workdir.mkdir(parents=True, exist_ok=True)
+    refusal = ValueError(
+        f"{workdir}: another process is training there now; wait for it, or choose another"
+        " --workdir"
+    )
+    with atomic.locked(workdir / "lock", refusal) if hosts.is_first() else contextlib.nullcontext():
+        yield
+
+
+def _write(path: pathlib.Path, content: Mapping) -> None:
+    if hosts.is_first():
+        files.write_json(path, content)
 
 
 def claim(workdir: pathlib.Path, config, *, in_use: bool) -> None:
@@ -26,7 +48,7 @@ def claim(workdir: pathlib.Path, config, *, in_use: bool) -> None:
     path = workdir / "config.json"
     now = json.loads(config.to_json_best_effort())
     if in_use and path.exists():
-        before, wanted = (_binding(settings) for settings in (json.loads(path.read_text()), now))
+        before, wanted = (_binding(settings) for settings in (files.read_json(path), now))
         changed = [
             f"{key}: {before.get(key)} -> {wanted.get(key)}"
             for key in sorted(before.keys() | wanted.keys())
@@ -37,7 +59,7 @@ def claim(workdir: pathlib.Path, config, *, in_use: bool) -> None:
                 f"{workdir} holds a run with other settings; choose another --workdir or delete it."
                 f" Changed: {'; '.join(changed)}"
             )
-    path.write_text(json.dumps(now, indent=2) + "\n")
+    _write(path, now)
 
 
 def _binding(settings: dict) -> dict:
@@ -49,7 +71,7 @@ def _binding(settings: dict) -> dict:
 def claim_origins(workdir: pathlib.Path, config, *, in_use: bool) -> None:
     """Writes down which models the run starts from; raises as `check_origins`."""
     origins = check_origins(workdir, config) if in_use else _origins(config)
-    (workdir / "origins.json").write_text(json.dumps(origins, indent=2) + "\n")
+    _write(workdir / "origins.json", origins)
 
 
 def check_origins(workdir: pathlib.Path, config) -> dict[str, str]:
@@ -59,27 +81,27 @@ def check_origins(workdir: pathlib.Path, config) -> dict[str, str]:
     may have moved on. Those that are gone are not asked for.
     """
     path, now = workdir / "origins.json", _origins(config)
-    before = json.loads(path.read_text()) if path.exists() else {}
+    before = files.read_json(path) if path.exists() else {}
     if changed := [
         origin for origin, digest in now.items() if before.get(origin, digest) != digest
     ]:
         raise ValueError(
-            f"{workdir} was trained from another model at {', '.join(changed)} than the one that"
-            " is there now; choose another --workdir or delete it"
+            f"{workdir} was trained from another model than is there now, of {', '.join(changed)};"
+            " choose another --workdir or delete it"
         )
     return before | now
 
 
 def _origins(config) -> dict[str, str]:
-    """{path or hub id: what is there now} of the models that a run starts from."""
+    """{setting and its path or hub id: what is there now} of the models that a run starts from."""
     found = {
-        config.teacher.path: config.teacher,
-        config.init: config.init_version,
-        config.autoencoder.path: config.autoencoder,
+        "teacher.path": (config.teacher.path, config.teacher),
+        "init": (config.init, config.init_version),
+        "autoencoder.path": (config.autoencoder.path, config.autoencoder),
     }
     return {
-        origin: digest
-        for origin, version in found.items()
+        f"{key}={origin}": digest
+        for key, (origin, version) in found.items()
         if origin and (digest := hub.digest(origin, version.revision or None))
     }
 
@@ -91,10 +113,11 @@ def claim_samples(workdir: pathlib.Path, sources: Mapping, *, in_use: bool) -> N
     others never. sources: {name: source}; rendered scenes are told by their settings.
     """
     path = workdir / "samples.json"
-    before = json.loads(path.read_text()) if in_use and path.exists() else {}
+    before = files.read_json(path) if in_use and path.exists() else {}
     now = {name: _samples(source) for name, source in sources.items() if hasattr(source, "name")}
     if changed := [
         f"{name}: {before[name]['count']} samples, now {each['count']}"
+        + (" of other names, or in another order" if before[name]["count"] == each["count"] else "")
         for name, each in now.items()
         if before.get(name, each) != each
     ]:
@@ -103,7 +126,7 @@ def claim_samples(workdir: pathlib.Path, sources: Mapping, *, in_use: bool) -> N
             " put them back as they were, or choose another --workdir; --config.init="
             f"{workdir / 'model'} goes on from a finished run's model"
         )
-    path.write_text(json.dumps(before | now, indent=2) + "\n")
+    _write(path, before | now)
 
 
 def _samples(source) -> dict:

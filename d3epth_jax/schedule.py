@@ -116,11 +116,17 @@ class NoiseSchedule:
         if not 1 <= n <= total:
             raise ValueError(f"num_inference_steps must be in 1..{total}, not {n}")
         if self.timestep_spacing == "trailing":
-            steps = np.round(np.arange(total, 0, -total / n)) - 1
+            # Rounding may leave arange an entry more, of timestep -1.
+            steps = np.round(np.arange(total, 0, -total / n))[:n] - 1
         elif self.timestep_spacing == "leading":
             steps = np.arange(n)[::-1] * (total // n) + self.steps_offset
         else:
             steps = np.round(np.linspace(0, total - 1, n))[::-1]
+        if steps[0] >= total:
+            raise ValueError(
+                f"{n} steps begin at timestep {steps[0]}, beyond the last, {total - 1}, since"
+                f" steps_offset is {self.steps_offset}: take fewer"
+            )
         return steps.astype(np.int64)
 
     def z0(self, model_output: Latent, z_t: Latent, timestep: Timestep) -> Latent:

@@ -64,8 +64,8 @@ def params_sharding(tree, mesh: Mesh, *, min_size: int = 2**16):
 def put_params(tree, mesh: Mesh, dtype=None):
     """Places a tree by `params_sharding`, its floating-point arrays as `dtype` if that is given.
 
-    A few threads copy, since tensors mapped from a file are transposed as they are read. Several
-    hosts compare what they place, so there the order must be one.
+    A few threads copy, since tensors mapped from a file are transposed as they are read. Of several
+    processes each places its devices' part of the same tree.
     """
     leaves, structure = jax.tree.flatten(tree)
     shardings = jax.tree.leaves(params_sharding(tree, mesh))
@@ -74,9 +74,12 @@ def put_params(tree, mesh: Mesh, dtype=None):
         # Cast one by one: the whole tree in two types would not fit where one does.
         if dtype is not None and leaf.dtype != dtype and jnp.issubdtype(leaf.dtype, jnp.floating):
             leaf = leaf.astype(dtype)
-        return jax.device_put(leaf, sharding)
+        if sharding.is_fully_addressable:
+            return jax.device_put(leaf, sharding)
+        whole = np.asarray(leaf)
+        return jax.make_array_from_callback(whole.shape, sharding, lambda part: whole[part])
 
-    with ThreadPoolExecutor(4 if jax.process_count() == 1 else 1) as pool:
+    with ThreadPoolExecutor(4) as pool:
         return structure.unflatten(pool.map(put, leaves, shardings))
 
 

@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator
 import jax
 import numpy as np
 
-from d3epth_jax import from_config, gallery, runs, sharding, steps, training_data
+from d3epth_jax import from_config, gallery, hosts, runs, sharding, steps, training_data
 from d3epth_jax import image as image_lib
 from d3epth_jax.checkpoint import Checkpoints, abstract
 from d3epth_jax.evaluate import model_predictor, protocol_of
@@ -47,7 +47,10 @@ def run(config, workdir: pathlib.Path) -> pathlib.Path:
     output = workdir / "model"
     total = config.train.steps
     from_config.check(config)
-    with Checkpoints(workdir / "checkpoints", keep=config.train.keep_checkpoints) as checkpoints:
+    with (
+        runs.alone(workdir),
+        Checkpoints(workdir / "checkpoints", keep=config.train.keep_checkpoints) as checkpoints,
+    ):
         in_use = checkpoints.latest is not None
         runs.claim(workdir, config, in_use=in_use)
         if checkpoints.latest == total and output.is_dir():
@@ -104,8 +107,15 @@ def run(config, workdir: pathlib.Path) -> pathlib.Path:
             return average.params if average else state.ema
 
         start = int(state.step)
+
+        def save_model(directory: pathlib.Path) -> None:
+            params = merge(hosts.gathered(averaged(), mesh), rest)
+            if hosts.is_first():
+                hub.save_model(directory, model, params, text)
+            hosts.meet(f"{directory} is written")
+
         if start == 0 and config.train.save_start:
-            hub.save_model(workdir / "model_start", model, merge(averaged(), rest), text)
+            save_model(workdir / "model_start")
         scored = in_use and start in scores_of(workdir)
         writer = MetricWriter(workdir, start_step=start if in_use else -1)
         progress = Progress(f"{config.stage} {workdir.name}", total, start=start)
@@ -114,9 +124,10 @@ def run(config, workdir: pathlib.Path) -> pathlib.Path:
 
         def validate(step: int) -> None:
             progress.clear()
-            params = merge(averaged(), frozen["rest"])
+            params = hosts.gathered(merge(averaged(), frozen["rest"]), mesh)
             scores[step] = score(config, computed, params, validation, mesh, writer, step)
-            image_lib.save_png(workdir / "curves.png", curves(workdir))
+            if hosts.is_first():
+                image_lib.save_png(workdir / "curves.png", curves(workdir))
 
         if not scored and (start % config.eval.every == 0 or start == total):
             validate(start)  # the run begins, or ended between this checkpoint and its scores
@@ -134,7 +145,7 @@ def run(config, workdir: pathlib.Path) -> pathlib.Path:
                     # Steps in flight on several CPU devices would compete for XLA's threads.
                     jax.block_until_ready(metrics)
                 if average:
-                    average.update(step, state.params)
+                    average.update(step, state.params, last=step == total)
                 worked += time.monotonic() - asked
                 progress.update(step, note=f"AbsRel {_last(scores)}")
                 end = ending()  # asked once: it may come at any time
@@ -157,7 +168,7 @@ def run(config, workdir: pathlib.Path) -> pathlib.Path:
                     )
                 if step % config.eval.every == 0 or step == total:
                     validate(step)
-            hub.save_model(output, model, merge(averaged(), rest), text)
+            save_model(output)
     tell_scores(config.stage, workdir)
     return output
 
@@ -225,7 +236,7 @@ def train_what_is_absent(config) -> None:
 def score(config, model, params, source, mesh, writer: MetricWriter, step: int) -> float:
     """Evaluates the current model, writes metrics and a gallery, and returns its AbsRel."""
     # Not folded any further: at every evaluation that would take longer than it saves.
-    pipeline = DepthPipeline(model, params, mesh=mesh, fold=False)
+    pipeline = DepthPipeline(model, params, mesh=hosts.local_mesh(mesh), fold=False)
     protocol = protocol_of(config.eval)
     results = evaluate(
         {config.stage: model_predictor(pipeline, protocol, config.eval.batch_size)},
@@ -272,7 +283,7 @@ def scores_of(workdir: pathlib.Path) -> dict[int, float | None]:
 
 
 def tell_scores(stage: str, workdir: pathlib.Path) -> None:
-    scores = list(scores_of(workdir).values())
+    scores = list(scores_of(workdir).values()) or [None]
     first, last = (math.nan if score is None else score for score in (scores[0], scores[-1]))
     log.info("%s %s: AbsRel before %.4f, after %.4f", stage, workdir.name, first, last)
 

@@ -68,11 +68,12 @@ class HostAverage:
         self.params = jax.tree.map(np.array, params)
         self._every, self._maximum = every, maximum
 
-    def update(self, step: int, params: Params) -> None:
-        """Takes in the parameters after `step` steps, where it is their turn."""
-        if step % self._every:
+    def update(self, step: int, params: Params, *, last: bool = False) -> None:
+        """Takes in the parameters after `step` steps, if it is their turn or they are the last."""
+        behind = step % self._every
+        if behind and not last:
             return
-        before = np.arange(step - self._every, step)
+        before = np.arange(step - (behind or self._every), step)
         decay = np.float32(np.prod(np.minimum(self._maximum, (1 + before) / (10 + before))))
         # New arrays: a checkpoint may still be writing the old ones.
         self.params = jax.tree.map(

@@ -166,16 +166,24 @@ def test_settings_that_make_no_sense_are_told_at_once():
         assert words in str(raised.value)
 
 
-@pytest.mark.parametrize("begun", ["full", "scratch"])
+@pytest.mark.parametrize("begun", ["full", "scratch", "refined"])
 def test_arms_of_the_losses_differ_in_these_alone(begun):
     arms = ablation_config.get_config().arms
     ssi, static, dwa = (arms[f"{begun}_{name}"].train for name in ("ssi", "static", "dwa"))
-    assert bool(ssi.init) == (begun == "full")
+    assert bool(ssi.init) == (begun != "scratch")
     assert (ssi.loss.beta.edge, static.loss.beta.edge, dwa.loss.beta.edge) == (0, 0.5, 0.5)
     assert (static.weighting.name, dwa.weighting.name) == ("static", "dwa")
     for job in (static, dwa):  # everything else is the same
         job.loss.beta.edge, job.weighting.name = ssi.loss.beta.edge, ssi.weighting.name
         assert job.to_json_best_effort() == ssi.to_json_best_effort()
+
+
+def test_the_normalised_arm_is_dwa_that_never_moves():
+    arms = ablation_config.get_config().arms
+    normalized, dwa = (arms[f"full_{name}"].train for name in ("normalized", "dwa"))
+    assert normalized.weighting.dwa.ratio_clip == (1, 1) != dwa.weighting.dwa.ratio_clip
+    normalized.weighting.dwa.ratio_clip = dwa.weighting.dwa.ratio_clip
+    assert normalized.to_json_best_effort() == dwa.to_json_best_effort()
 
 
 def test_arms_differ_in_what_they_are_about():

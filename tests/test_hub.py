@@ -236,7 +236,7 @@ def test_the_prompt_of_another_variant_is_another(saved, tmp_path):
     assert 0 < np.abs(half - full).max() < 0.02
 
 
-def test_nothing_but_a_model_is_replaced(saved, tmp_path, capsys):
+def test_nothing_but_a_model_is_replaced(saved, tmp_path, capsys, monkeypatch):
     pipe = DepthPipeline.from_pretrained(saved[0])
     (tmp_path / "thesis/other").mkdir(parents=True)
     (tmp_path / "thesis/notes.txt").write_text("years of work")
@@ -254,6 +254,9 @@ def test_nothing_but_a_model_is_replaced(saved, tmp_path, capsys):
     (tmp_path / "empty").mkdir()
     pipe.save_pretrained(tmp_path / "empty")
     pipe.save_pretrained(tmp_path / "empty")  # its own model it replaces
+    monkeypatch.chdir(tmp_path / "empty")
+    with pytest.raises(FileExistsError, match="the folder you are in"):
+        pipe.save_pretrained(".")
 
 
 def test_orbax_and_back_is_bit_identical(saved, tmp_path, capsys):

@@ -17,7 +17,7 @@ LAYERS = [
     "typing atomic tables memory schedule alignment targets losses weighting metrics protocols"
     " image ensemble",
     "models",
-    "weights data optim sharding compilation_cache train_state checkpoint metric_writer",
+    "weights data optim sharding hosts compilation_cache train_state checkpoint metric_writer",
     "inference stages steps",
     "from_config training_data runs train cache evaluate evaluation pipeline gallery progress"
     " baselines macs bench bench_train bench_worker bench_report compare_diffusers ablation"

@@ -56,6 +56,22 @@ def test_timesteps_match_diffusers(spacing, offset):
         np.testing.assert_array_equal(schedule.timesteps(n), oracle.timesteps.numpy())
 
 
+@pytest.mark.parametrize("spacing", SPACINGS)
+def test_any_number_of_steps_has_as_many_falling_timesteps(spacing):
+    """diffusers has one more, -1, for 62 numbers of trailing steps, such as 61."""
+    schedule = NoiseSchedule.from_dict({"timestep_spacing": spacing, "steps_offset": 0})
+    for n in range(1, 1001):
+        steps = schedule.timesteps(n)
+        assert len(steps) == n and 0 <= steps[-1] <= steps[0] < 1000
+        assert (np.diff(steps) < 0).all()
+
+
+def test_an_offset_beyond_the_last_timestep_is_told():
+    schedule = NoiseSchedule.from_dict({"timestep_spacing": "leading", "steps_offset": 1})
+    with pytest.raises(ValueError, match="1000 steps begin at timestep 1000, beyond the last, 999"):
+        schedule.timesteps(1000)
+
+
 @pytest.mark.parametrize("rescale", [False, True])
 @pytest.mark.parametrize("spacing", SPACINGS)
 @pytest.mark.parametrize("prediction", PREDICTIONS)

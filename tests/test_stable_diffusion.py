@@ -341,7 +341,7 @@ def test_a_run_is_not_read_on_top_of_another_model_than_it_started_from(trained,
     shutil.copytree(trained.parent / "sd", origin)
     config = json.loads((tmp_path / "run/config.json").read_text())
     config["init"] = str(origin)
-    origins = {str(origin): hub.digest(origin)}
+    origins = {f"init={origin}": hub.digest(origin)}
     (tmp_path / "run/config.json").write_text(json.dumps(config))
     (tmp_path / "run/origins.json").write_text(json.dumps(origins))
     from_config.read_run(tmp_path / "run")
@@ -349,7 +349,7 @@ def test_a_run_is_not_read_on_top_of_another_model_than_it_started_from(trained,
     tensors = {key: x.copy() for key, x in files.read(path).items()}
     tensors["decoder.conv_out.bias"] += 1
     files.write(path, tensors)
-    with pytest.raises(ValueError, match=r"another model at .*sd than the one that is there now"):
+    with pytest.raises(ValueError, match=r"another model than is there now, of init=.*sd;"):
         from_config.read_run(tmp_path / "run")
 
 

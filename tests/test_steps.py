@@ -11,6 +11,7 @@ from d3epth_jax import inference, losses, sharding, steps, weighting
 from d3epth_jax.models.depth_model import init_params
 from d3epth_jax.stages import latent, pixel
 from d3epth_jax.train_state import (
+    HostAverage,
     ema_decay,
     init_train_state,
     merge,
@@ -327,3 +328,15 @@ def test_metric_targets_leave_the_edge_term_in_normalised_units():
         values.append(loss_fn(init_params(STUDENT, 0), {}, batch)[0])
     np.testing.assert_array_equal(values[0]["edge"], values[1]["edge"])
     assert np.abs(values[0]["ssi"] - values[1]["ssi"]).min() > 1e-3
+
+
+def test_an_average_on_the_host_decays_as_over_the_steps_between():
+    params = {"kernel": np.ones(3, np.float32)}
+    average = HostAverage({"kernel": np.zeros(3, np.float32)}, every=2, maximum=0.9999)
+    average.update(1, params)
+    assert average.params["kernel"][0] == 0
+    average.update(2, params)
+    np.testing.assert_allclose(average.params["kernel"], 1 - 1 / 10 * 2 / 11, rtol=1e-6)
+    average.update(3, {"kernel": 2 * params["kernel"]}, last=True)  # of what is left
+    expected = 2 + 3 / 12 * (1 - 1 / 10 * 2 / 11 - 2)
+    np.testing.assert_allclose(average.params["kernel"], expected, rtol=1e-6)

@@ -150,6 +150,20 @@ def test_float_pictures_and_grey_pictures(tmp_path):
     np.testing.assert_array_equal(sample["image"][..., 2], DATA["image"][0][..., 0])
 
 
+def test_arrays_that_are_not_encoded_may_have_an_alpha_channel(tmp_path):
+    features = F.FeaturesDict(
+        {
+            "image": F.Tensor(shape=(4, 5, 4), dtype=np.uint8),
+            "depth": F.Tensor(shape=(4, 5), dtype=np.float32),
+        }
+    )
+    picture = np.random.default_rng(0).integers(0, 256, (4, 5, 4), np.uint8)
+    example = {"image": picture, "depth": np.ones((4, 5), np.float32)}
+    write_set(tmp_path, "alpha", features, {"train": [[example]]})
+    sample = data.make_source("tfds:alpha", path=tmp_path)[0]
+    np.testing.assert_array_equal(sample["image"], picture[..., :3])
+
+
 def test_the_newest_version_unless_another_is_named(tmp_path):
     for version, count in (("1.0.0", 1), ("1.10.0", 3), ("1.9.0", 2)):
         examples = [nyu_like(i) for i in range(count)]

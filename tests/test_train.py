@@ -1,6 +1,5 @@
 """The loop from config to model directory: resume, teachers, errors before training."""
 
-import contextlib
 import json
 import os
 import signal
@@ -12,13 +11,12 @@ from ml_collections import ConfigDict
 
 from configs import common, quickstart, stage1, stage2
 from configs.nano import train as nano
-from d3epth_jax import from_config, runs, train
+from d3epth_jax import from_config, train
 from d3epth_jax.checkpoint import Checkpoints
 from d3epth_jax.data.sources.files import SourceError
 from d3epth_jax.metric_writer import MetricWriter, read_metrics
 from d3epth_jax.models import presets
 from d3epth_jax.models.depth_model import init_params
-from d3epth_jax.train_state import HostAverage
 from d3epth_jax.weights import hub
 from tests.conftest import small_model, small_unet, with_teachers_autoencoder, write_pairs
 
@@ -120,15 +118,6 @@ def test_an_average_on_the_host_is_the_devices(pairs, tmp_path):
     # `convert` and further stages read a checkpoint of either.
     start = from_config.read_run(tmp_path / "1")
     jax.tree.map(np.testing.assert_array_equal, start.params["unet"], averages[1]["unet"])
-
-
-def test_an_average_on_the_host_decays_as_over_the_steps_between():
-    params = {"kernel": np.ones(3, np.float32)}
-    average = HostAverage({"kernel": np.zeros(3, np.float32)}, every=2, maximum=0.9999)
-    average.update(1, params)
-    assert average.params["kernel"][0] == 0
-    average.update(2, params)
-    np.testing.assert_allclose(average.params["kernel"], 1 - 1 / 10 * 2 / 11, rtol=1e-6)
 
 
 def test_a_normal_run_compiles_one_program_per_shape_of_batch(pairs, tmp_path, monkeypatch, caplog):
@@ -381,16 +370,6 @@ def test_wrong_settings_are_named(change, message, pairs, tmp_path):
     config.update_from_flattened_dict(change)
     with pytest.raises((ValueError, FileNotFoundError), match=message):
         train.run(config, tmp_path)
-
-
-def test_a_run_notices_that_its_teacher_is_another_one(pairs, tmp_path):
-    config = on_pairs(quickstart.stage1(tiny=True), pairs)
-    config.teacher.path = str(tmp_path / "teacher")
-    for seed, in_use, message in ((0, False, ""), (0, True, ""), (1, True, "another model at")):
-        model = small_model(small_unet((8, 16)))
-        hub.save_model(tmp_path / "teacher", model, init_params(model, seed))
-        with pytest.raises(ValueError, match=message) if message else contextlib.nullcontext():
-            runs.claim_origins(tmp_path, config, in_use=in_use)
 
 
 def test_all_wrong_settings_are_told_before_anything_is_trained(tmp_path):

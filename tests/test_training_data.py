@@ -2,14 +2,13 @@
 
 import inspect
 import json
-import shutil
 
 import numpy as np
 import pytest
 
 from configs import cache, common, d2, quickstart, stage1, stage2
 from configs.nano import train as nano
-from d3epth_jax import cli, data, from_config, runs, sharding, train, training_data
+from d3epth_jax import cli, data, from_config, sharding, train, training_data
 from d3epth_jax.data.sources.files import SourceError
 from tests.conftest import write_pairs
 from tests.test_train import on_pairs
@@ -166,28 +165,6 @@ def test_a_built_copy_of_what_is_evaluated_on_is_noticed(tmp_path, monkeypatch):
         with pytest.raises(ValueError, match="2 samples are both trained and evaluated on"):
             training_data.require_apart(training, validation)
     training_data.require_apart(raw["train"], held)
-
-
-def test_a_run_goes_on_only_with_the_samples_that_it_began_with(tmp_path):
-    root = write_pairs(tmp_path / "pairs", 4)
-
-    def claim(in_use):
-        source = data.make_source("folder", path=root, depth_scale=1000.0)
-        runs.claim_samples(tmp_path, {"main": source}, in_use=in_use)
-
-    claim(in_use=False)
-    claim(in_use=True)
-    for kind in ("rgb", "depth"):
-        shutil.copy(root / kind / "003.png", root / kind / "004.png")
-    with pytest.raises(ValueError, match=r"main: 4 samples, now 5.*another --workdir"):
-        claim(in_use=True)
-    (root / "rgb/000.png").unlink()
-    (root / "depth/000.png").unlink()
-    with pytest.raises(ValueError, match="main: 4 samples, now 4"):  # as many, others
-        claim(in_use=True)
-    claim(in_use=False)  # nothing was trained yet
-    scenes = data.make_source(**nano.scenes(1, 8))
-    runs.claim_samples(tmp_path, {"main": scenes}, in_use=True)
 
 
 def test_two_indexes_below_one_folder_may_share_names(tmp_path):

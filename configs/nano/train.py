@@ -82,14 +82,12 @@ def scenes(seed: int, length: int) -> ConfigDict:
 
 def training(stage: str, *, steps: int, learning_rate: float, tiny: bool) -> ConfigDict:
     config = common.training(stage)
-    config.data.height, config.data.width = HEIGHT, WIDTH
     config.data.batch_size = 16
     config.data.source.pixel_aspects = PIXEL_ASPECTS
-    config.model.processing_resolution = max(HEIGHT, WIDTH)
-    config.model.processing_aspect = WIDTH / HEIGHT  # the one shape that it was trained on
     # In depth, what is near is squeezed together by what is far (DepthMaster).
     config.model.prediction_type = "sqrt_disparity"
     config.eval.source = scenes(common.PROCEDURAL_TEST + 1, 128)
+    resize(config, HEIGHT, WIDTH)
     config.eval.num_images = 16 if tiny else 128
     config.train.steps = 4 if tiny else steps
     config.eval.every = 4 if tiny else 500
@@ -98,6 +96,14 @@ def training(stage: str, *, steps: int, learning_rate: float, tiny: bool) -> Con
     config.schedule.update(learning_rate=learning_rate, schedule="cosine", warmup_steps=200)
     config.weighting.dwa.window = 200
     return config
+
+
+def resize(config: ConfigDict, height: int, width: int) -> None:
+    """Trains and validates at this size, which becomes the model's own."""
+    config.data.height, config.data.width = height, width
+    config.model.processing_resolution = max(height, width)
+    config.model.processing_aspect = width / height  # the one shape that it was trained on
+    config.eval.source.height, config.eval.source.width = height, width
 
 
 def get_config(argument: str | None = None) -> ConfigDict:

@@ -6,7 +6,6 @@ killed build goes on with the shards that are missing, and ends as if it had nev
 """
 
 import contextlib
-import fcntl
 import hashlib
 import io
 import json
@@ -30,6 +29,7 @@ from array_record.python.array_record_module import ArrayRecordWriter
 from PIL import Image
 from tensorflow_datasets.proto import tf_example_pb2, tf_feature_pb2
 
+from d3epth_jax import atomic
 from d3epth_jax.data import manifest
 from d3epth_jax.data.filters import rejection
 from d3epth_jax.data.sources.files import Sample, SourceError
@@ -132,11 +132,8 @@ def _books(folder: Path, split: str, plan: dict) -> Iterator[Path]:
     finished = manifest.read_json(manifest.manifest_file(folder, split))
     _refuse_other(folder, plan, finished and finished["plan"])
     work.mkdir(parents=True, exist_ok=True)
-    with (work / "lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise SourceError(folder, ["another process is building it now"]) from error
+    refusal = SourceError(folder, ["another process is building it now"])
+    with atomic.locked(work / "lock", refusal):
         _refuse_other(folder, plan, manifest.read_json(work / "plan.json"))
         for left in work.glob("*.partial"):
             left.unlink()

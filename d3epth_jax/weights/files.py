@@ -110,7 +110,7 @@ def fresh_directory(directory: str | os.PathLike) -> Iterator[pathlib.Path]:
 
     If filling it fails nothing changes, and nothing is left behind.
     """
-    directory = pathlib.Path(directory)
+    directory = pathlib.Path(os.path.abspath(directory))
     directory.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{directory.name}.", dir=directory.parent) as parent:
         fresh = pathlib.Path(parent) / "new"
@@ -128,8 +128,9 @@ def fresh_directory(directory: str | os.PathLike) -> Iterator[pathlib.Path]:
 
 
 def write_json(path: pathlib.Path, content: Mapping) -> None:
-    path.parent.mkdir(exist_ok=True)
-    path.write_text(json.dumps(content, indent=2) + "\n")
+    """Writes a JSON file, whole or not at all."""
+    with atomic.replacing(path) as partial:
+        partial.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
 def read_json(path: pathlib.Path) -> dict:

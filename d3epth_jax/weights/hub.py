@@ -148,6 +148,10 @@ def require_replaceable(directory: str | os.PathLike) -> None:
     path = pathlib.Path(directory)
     if not path.exists():
         return
+    if path.resolve() == pathlib.Path.cwd():
+        raise FileExistsError(
+            f"{path} is the folder you are in, and would be replaced: name another"
+        )
     strangers = (
         sorted(p.name for p in path.iterdir() if p.name not in _OURS) if path.is_dir() else []
     )
@@ -191,7 +195,8 @@ def load_autoencoder(
 def digest(path_or_hub_id: str | os.PathLike, revision: str | None = None) -> str:
     """By what a model can be recognised: of its weights, or the commit in the hub's cache.
 
-    Of a run's workdir it is the newest checkpoint's step. "" for what is not there.
+    Of a run's workdir it is the newest checkpoint's step, and when that was saved. "" for what is
+    not there.
     """
     path = download.bundled(path_or_hub_id) or pathlib.Path(path_or_hub_id)
     if not path.is_dir():
@@ -200,8 +205,8 @@ def digest(path_or_hub_id: str | os.PathLike, revision: str | None = None) -> st
         except FileNotFoundError:
             return ""
     if (path / "checkpoints").is_dir():
-        steps = [p.name for p in (path / "checkpoints").iterdir() if p.name.isdigit()]
-        return f"step {max(steps, key=int)}" if steps else ""
+        step = checkpoint.newest(path / "checkpoints")
+        return f"step {step.name}, saved {checkpoint.saved_at(step)}" if step else ""
     orbax = (file for file in (path / ORBAX).rglob("*") if file.is_file())
     hashes = hashlib.sha256()
     for weights in [*sorted(path.rglob("*.safetensors")), *sorted(orbax)]:

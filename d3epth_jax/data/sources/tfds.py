@@ -224,9 +224,9 @@ class Reader:
 
 
 def _picture(value) -> np.ndarray:
-    """uint8 [H,W,3] of a picture's bytes or an array [H,W,1 or 3]."""
+    """uint8 [H,W,3] of a picture's bytes or an array [H,W,1, 3 or 4], whose alpha is left out."""
     if not isinstance(value, bytes):
-        return np.repeat(value, 3, axis=-1) if value.shape[-1] == 1 else value
+        return np.repeat(value, 3, axis=-1) if value.shape[-1] == 1 else value[..., :3]
     with Image.open(io.BytesIO(value)) as picture:
         # Nearly all are RGB; `from_pil` turns and copies.
         return np.array(picture) if picture.mode == "RGB" else image_lib.from_pil(picture)
