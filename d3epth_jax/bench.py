@@ -101,7 +101,7 @@ class Ours:
     def _zeros(self) -> np.ndarray | None:
         """Zero latents, which a model that starts from them needs not be told of."""
         model = self.pipe.model
-        if model.starts_at_zero or model.denoising_steps == 1:
+        if model.from_zeros:
             return None
         cells = [-(-side // model.downsample) for side in self.size]
         return np.zeros((self.batch, *cells, model.autoencoder.latent_channels), np.float32)

@@ -90,7 +90,7 @@ def make_lessons(config, teacher: from_config.Start) -> Lessons:
     """Raises ValueError for an ensemble of equal members, or a batch that devices cannot share."""
     model, members = teacher.model, config.cache.ensemble
     steps = from_config.teacher_steps(config, model)
-    if members > 1 and latent.starts_at_zero(model):
+    if members > 1 and model.from_zeros:
         raise ValueError(
             f"{config.teacher.path} starts from zero latents, so all {members} members of an"
             " ensemble would be equal: set cache.ensemble=1"
@@ -108,7 +108,7 @@ def make_lessons(config, teacher: from_config.Start) -> Lessons:
         "dtype": config.model.dtype,
         "prediction_type": model.prediction_type,
         "schedule": model.schedule.to_dict(),
-        "starts_at_zero": latent.starts_at_zero(model),
+        "starts_at_zero": model.from_zeros,
     }
     model, params, *_ = from_config.folded_teacher(config, teacher)
     params = sharding.put_params(fold.cast_kernels(model, params), mesh)

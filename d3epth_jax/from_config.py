@@ -119,7 +119,7 @@ def read_teacher(config) -> Start:
         config.teacher.path, dtype=config.model.dtype, **_version(config.teacher)
     )
     steps = teacher_steps(config, model)
-    if config.get("stage") == "pixel" and not (steps == 1 and latent.starts_at_zero(model)):
+    if config.get("stage") == "pixel" and not (steps == 1 and model.from_zeros):
         raise ValueError(
             f"the teacher {config.teacher.path} takes {steps} denoising step(s) from noise: the"
             " pixel stage compares with a teacher of one step, such as a D^2epth or E2E-FT"
@@ -177,7 +177,7 @@ def fold_teacher(config, teacher: Start) -> Start:
 def folded_teacher(config, teacher: Start) -> Start:
     """The teacher with its constants folded; what it teaches is the same but for rounding."""
     model = teacher.model
-    single_step = teacher_steps(config, model) == 1 and latent.starts_at_zero(model)
+    single_step = teacher_steps(config, model) == 1 and model.from_zeros
     model, params = fold.fold_teacher(model, teacher.params, single_step=single_step)
     return teacher._replace(model=model, params=params)
 

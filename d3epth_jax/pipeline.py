@@ -245,7 +245,7 @@ class DepthPipeline:
         schedule = self.model.schedule
         steps = _given(num_inference_steps, self.model.denoising_steps)
         resolution = _given(processing_resolution, self.model.processing_resolution)
-        zeros = latents is None and self._starts_at_zero
+        zeros = latents is None and self.model.from_zeros
         problems, last = [], schedule.num_train_timesteps - 1
         if steps is None:
             problems.append(
@@ -319,16 +319,12 @@ class DepthPipeline:
         """
         if not self.fold:
             return self.model, self.params
-        single_step = num_inference_steps == 1 and latents is None and self._starts_at_zero
+        single_step = num_inference_steps == 1 and latents is None and self.model.from_zeros
         if single_step not in self._variants:
             pieces = fold.foldable(self.model, single_step=single_step)
             model, params = fold.fold(self.model, self.params, pieces)
             self._variants[single_step] = model, sharding.put_params(params, self.mesh)
         return self._variants[single_step]
-
-    @property
-    def _starts_at_zero(self) -> bool:
-        return self.model.starts_at_zero or self.model.denoising_steps == 1
 
     def _initial_latents(self, shape: tuple[int, ...], latents, key) -> np.ndarray:
         """[N*E,h,w,C] for `shape` (N,E,h,w,C)."""
@@ -341,7 +337,7 @@ class DepthPipeline:
                     " ensemble_size, h, w, C] (channels last)"
                 )
             return latents
-        if self._starts_at_zero:
+        if self.model.from_zeros:
             return np.zeros(flat, np.float32)
         members = jax.random.normal(jax.random.key(0) if key is None else key, shape[1:])
         return np.broadcast_to(members, shape).reshape(flat)

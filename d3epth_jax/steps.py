@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from d3epth_jax.losses import batch_sums
 from d3epth_jax.train_state import TrainState, ema_decay, merge
 from d3epth_jax.weighting import Weighting
 
@@ -54,9 +55,7 @@ def make_train_step(
         sums, counts = {}, {}
         for name, value in (losses | metrics).items():
             n = jnp.asarray(weights.get(name, jnp.ones_like(value)), jnp.float32)
-            # `where`: an image without weight may hold anything.
-            sums[name] = jnp.sum(n * jnp.where(n > 0, value, 0.0))
-            counts[name] = jnp.sum(n)
+            sums[name], counts[name] = batch_sums(value, n)
         if accumulate == 1:
             known = counts
         if known is not None:
@@ -144,7 +143,7 @@ def make_train_step(
 
 
 def _mean(total: jax.Array, count: jax.Array) -> jax.Array:
-    return total / jnp.maximum(count, 1e-12)
+    return total / jnp.maximum(count, jnp.finfo(jnp.float32).tiny)
 
 
 def _groups(losses: Mapping[str, jax.Array], weights: Mapping[str, jax.Array]) -> list[list[str]]:

@@ -14,9 +14,11 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import jax
 import numpy as np
+import optax
 
 from d3epth_jax import from_config, gallery, hosts, runs, sharding, steps, training_data
 from d3epth_jax import image as image_lib
@@ -24,11 +26,13 @@ from d3epth_jax.checkpoint import Checkpoints, abstract
 from d3epth_jax.evaluate import model_predictor, protocol_of
 from d3epth_jax.evaluation import evaluate
 from d3epth_jax.metric_writer import MetricWriter, read_metrics
+from d3epth_jax.models.depth_model import DepthModel
 from d3epth_jax.pipeline import DepthPipeline
 from d3epth_jax.progress import Progress
-from d3epth_jax.train_state import HostAverage, init_train_state, merge
+from d3epth_jax.train_state import HostAverage, TrainState, init_train_state, merge
 from d3epth_jax.typing import Params
 from d3epth_jax.weights import fold, hub
+from d3epth_jax.weights.prompt import PromptEncoder
 
 log = logging.getLogger(__name__)
 
@@ -45,7 +49,6 @@ def run(config, workdir: pathlib.Path) -> pathlib.Path:
     checkpoint, as KeyboardInterrupt.
     """
     output = workdir / "model"
-    total = config.train.steps
     from_config.check(config)
     with (
         runs.alone(workdir),
@@ -53,124 +56,175 @@ def run(config, workdir: pathlib.Path) -> pathlib.Path:
     ):
         in_use = checkpoints.latest is not None
         runs.claim(workdir, config, in_use=in_use)
-        if checkpoints.latest == total and output.is_dir():
+        if checkpoints.latest == config.train.steps and output.is_dir():
             runs.claim_origins(workdir, config, in_use=True)
-            log.info("%s is already trained (%d steps)", output, total)
-            tell_scores(config.stage, workdir)
-            return output
-        # Told now, not after data is read or the last step is made.
-        hub.require_replaceable(output)
-        from_config.require_models(config)
-
-        mesh = sharding.make_mesh(config.fsdp)
-        training, validation = training_data.make_sources(config)
-        runs.claim_samples(workdir, training, in_use=in_use)
-        batches = training_data.make_batches(config, mesh, training)
-
-        train_what_is_absent(config)
-        teacher, student, trainable, rest = from_config.make_models(config)
-        # Now that models of the hub are in its cache, and so have a commit.
-        runs.claim_origins(workdir, config, in_use=in_use)
-        model, params, text = student
-        from_config.check_sizes(config, model)
-        # The step and the evaluation compute with constants folded; what is saved is as it was.
-        teacher = from_config.fold_teacher(config, teacher)
-        computed, of_rest = fold.fold_frozen(model, trainable, rest)
-        loss_fn, tasks, beta = from_config.make_loss(config, computed, params, trainable, teacher)
-
-        of_teacher = from_config.frozen_teacher(config, teacher)
-        of_rest = fold.cast_kernels(computed, of_rest)
-        frozen = sharding.put_params({"rest": of_rest, "teacher": of_teacher}, mesh)
-        tx, schedule, task_weights = from_config.make_optimizer(config, len(tasks))
-        on_host = config.train.host_ema_every
-        average = HostAverage(trainable, on_host, config.train.max_ema_decay) if on_host else None
-        init = functools.partial(
-            init_train_state, tx=tx, weighting=task_weights, host_average=bool(on_host)
-        )
-        placement = sharding.params_sharding(jax.eval_shape(init, trainable), mesh)
-        state = jax.jit(init, out_shardings=placement)(sharding.put_params(trainable, mesh))
-        if checkpoints.latest is not None:
-            wanted = abstract(state)
-            if average:
-                wanted = dataclasses.replace(wanted, ema=average.params)
-            state, position = checkpoints.restore(wanted)
-            if average:
-                average.params, state = state.ema, dataclasses.replace(state, ema={})
-            batches.set_state(position)
-            log.info("resumed from step %d", int(state.step))
-
-        train_step = OneProgramPerShape(
-            jit_step(config, loss_fn, tx, task_weights, beta, tasks, placement, mesh)
-        )
-
-        def averaged() -> Params:
-            return average.params if average else state.ema
-
-        start = int(state.step)
-
-        def save_model(directory: pathlib.Path) -> None:
-            params = merge(hosts.gathered(averaged(), mesh), rest)
-            if hosts.is_first():
-                hub.save_model(directory, model, params, text)
-            hosts.meet(f"{directory} is written")
-
-        if start == 0 and config.train.save_start:
-            save_model(workdir / "model_start")
-        scored = in_use and start in scores_of(workdir)
-        writer = MetricWriter(workdir, start_step=start if in_use else -1)
-        progress = Progress(f"{config.stage} {workdir.name}", total, start=start)
-        scores = {}
-        profile = Profile(workdir / "profile", *config.train.profile)
-
-        def validate(step: int) -> None:
-            progress.clear()
-            params = hosts.gathered(merge(averaged(), frozen["rest"]), mesh)
-            scores[step] = score(config, computed, params, validation, mesh, writer, step)
-            if hosts.is_first():
-                image_lib.save_png(workdir / "curves.png", curves(workdir))
-
-        if not scored and (start % config.eval.every == 0 or start == total):
-            validate(start)  # the run begins, or ended between this checkpoint and its scores
-        waited = worked = 0.0
-        depthless = False
-        with contextlib.closing(writer), profile, asked_to_end() as ending:
-            for step in range(start + 1, total + 1):
-                profile.at(step)
-                asked = time.monotonic()
-                batch = next(batches)
-                waited += time.monotonic() - asked
-                batch = sharding.put_batch(batch, mesh)
-                state, metrics = train_step(state, frozen, batch)
-                if mesh.devices.flat[0].platform == "cpu":
-                    # Steps in flight on several CPU devices would compete for XLA's threads.
-                    jax.block_until_ready(metrics)
-                if average:
-                    average.update(step, state.params, last=step == total)
-                worked += time.monotonic() - asked
-                progress.update(step, note=f"AbsRel {_last(scores)}")
-                end = ending()  # asked once: it may come at any time
-                save = end or step % config.train.checkpoint_every == 0 or step == total
-                if step % config.train.log_every == 0 or save:
-                    values = {name: float(value) for name, value in metrics.items()}
-                    values["learning_rate"] = float(schedule(step - 1))
-                    # Share of the time since the last such line that steps waited for data.
-                    values["data_wait"] = waited / worked
-                    waited = worked = 0.0
-                    writer.scalars(step, values)
-                    require_finite(values, step, checkpoints.latest)
-                    depthless |= tell_if_depthless(values, step, told=depthless)
-                if save:
-                    whole = dataclasses.replace(state, ema=averaged())
-                    checkpoints.save(step, whole, batches.get_state())
-                if end:
-                    raise KeyboardInterrupt(
-                        f"ended after step {step}, of which a checkpoint is kept"
-                    )
-                if step % config.eval.every == 0 or step == total:
-                    validate(step)
-            save_model(output)
+            log.info("%s is already trained (%d steps)", output, config.train.steps)
+        else:
+            # Told now, not after data is read or the last step is made.
+            hub.require_replaceable(output)
+            from_config.require_models(config)
+            training = prepare(config, workdir, checkpoints)
+            train(training, checkpoints, output)
     tell_scores(config.stage, workdir)
     return output
+
+
+@dataclasses.dataclass
+class Training:
+    """What a run is made of; `state`, the average and the position in `batches` change by the step.
+
+    Attributes:
+      model, rest, text: as saved, with the average of what is trained.
+      computed, frozen: the model as it computes, with constants folded, and all that is not
+        trained, teacher included, on the devices.
+      average: of the parameters where the host keeps it.
+    """
+
+    config: Any
+    workdir: pathlib.Path
+    mesh: jax.sharding.Mesh
+    batches: Any
+    validation: Any
+    model: DepthModel
+    rest: Params
+    text: PromptEncoder | None
+    computed: DepthModel
+    frozen: dict
+    state: TrainState
+    average: HostAverage | None
+    schedule: optax.Schedule
+    step: "OneProgramPerShape"
+
+    def averaged(self) -> Params:
+        return self.average.params if self.average else self.state.ema
+
+    def save_model(self, directory: pathlib.Path) -> None:
+        params = merge(hosts.gathered(self.averaged(), self.mesh), self.rest)
+        if hosts.is_first():
+            hub.save_model(directory, self.model, params, self.text)
+        hosts.meet(f"{directory} is written")
+
+    def validate(self, step: int, writer: MetricWriter) -> float:
+        params = hosts.gathered(merge(self.averaged(), self.frozen["rest"]), self.mesh)
+        validation = self.computed, params, self.validation
+        found = score(self.config, *validation, self.mesh, writer, step)
+        if hosts.is_first():
+            image_lib.save_png(self.workdir / "curves.png", curves(self.workdir))
+        return found
+
+
+def prepare(config, workdir: pathlib.Path, checkpoints: Checkpoints) -> Training:
+    """Reads data and models, and puts everything where the newest checkpoint, if any, says."""
+    in_use = checkpoints.latest is not None
+    mesh = sharding.make_mesh(config.fsdp)
+    sources, validation = training_data.make_sources(config)
+    runs.claim_samples(workdir, sources, in_use=in_use)
+    batches = training_data.make_batches(config, mesh, sources)
+
+    train_what_is_absent(config)
+    teacher, student, trainable, rest = from_config.make_models(config)
+    # Now that models of the hub are in its cache, and so have a commit.
+    runs.claim_origins(workdir, config, in_use=in_use)
+    model, params, text = student
+    from_config.check_sizes(config, model)
+    # The step and the evaluation compute with constants folded; what is saved is as it was.
+    teacher = from_config.fold_teacher(config, teacher)
+    computed, of_rest = fold.fold_frozen(model, trainable, rest)
+    loss_fn, tasks, beta = from_config.make_loss(config, computed, params, trainable, teacher)
+
+    of_teacher = from_config.frozen_teacher(config, teacher)
+    of_rest = fold.cast_kernels(computed, of_rest)
+    frozen = sharding.put_params({"rest": of_rest, "teacher": of_teacher}, mesh)
+    tx, schedule, task_weights = from_config.make_optimizer(config, len(tasks))
+    on_host = config.train.host_ema_every
+    average = HostAverage(trainable, on_host, config.train.max_ema_decay) if on_host else None
+    init = functools.partial(
+        init_train_state, tx=tx, weighting=task_weights, host_average=bool(on_host)
+    )
+    placement = sharding.params_sharding(jax.eval_shape(init, trainable), mesh)
+    state = jax.jit(init, out_shardings=placement)(sharding.put_params(trainable, mesh))
+    if in_use:
+        wanted = abstract(state)
+        if average:
+            wanted = dataclasses.replace(wanted, ema=average.params)
+        state, position = checkpoints.restore(wanted)
+        if average:
+            average.params, state = state.ema, dataclasses.replace(state, ema={})
+        batches.set_state(position)
+        log.info("resumed from step %d", int(state.step))
+    step = OneProgramPerShape(
+        jit_step(config, loss_fn, tx, task_weights, beta, tasks, placement, mesh)
+    )
+    return Training(
+        config=config,
+        workdir=workdir,
+        mesh=mesh,
+        batches=batches,
+        validation=validation,
+        model=model,
+        rest=rest,
+        text=text,
+        computed=computed,
+        frozen=frozen,
+        state=state,
+        average=average,
+        schedule=schedule,
+        step=step,
+    )
+
+
+def train(training: Training, checkpoints: Checkpoints, output: pathlib.Path) -> None:
+    """All steps that are left, with their metrics, checkpoints and evaluations; then the model."""
+    config, workdir, mesh = training.config, training.workdir, training.mesh
+    start, total = int(training.state.step), config.train.steps
+    if start == 0 and config.train.save_start:
+        training.save_model(workdir / "model_start")
+    in_use = checkpoints.latest is not None
+    scored = in_use and start in scores_of(workdir)
+    writer = MetricWriter(workdir, start_step=start if in_use else -1)
+    progress = Progress(f"{config.stage} {workdir.name}", total, start=start)
+    profile = Profile(workdir / "profile", *config.train.profile)
+    found = None  # AbsRel of the last evaluation
+    waited = worked = 0.0
+    depthless = False
+    if not scored and (start % config.eval.every == 0 or start == total):
+        # The run begins, or ended between this checkpoint and its scores.
+        found = training.validate(start, writer)
+    with contextlib.closing(writer), profile, asked_to_end() as ending:
+        for step in range(start + 1, total + 1):
+            profile.at(step)
+            asked = time.monotonic()
+            batch = next(training.batches)
+            waited += time.monotonic() - asked
+            batch = sharding.put_batch(batch, mesh)
+            training.state, metrics = training.step(training.state, training.frozen, batch)
+            if mesh.devices.flat[0].platform == "cpu":
+                # Steps in flight on several CPU devices would compete for XLA's threads.
+                jax.block_until_ready(metrics)
+            if training.average:
+                training.average.update(step, training.state.params, last=step == total)
+            worked += time.monotonic() - asked
+            progress.update(step, note=f"AbsRel {'-' if found is None else f'{found:.3f}'}")
+            end = ending()  # asked once: it may come at any time
+            save = end or step % config.train.checkpoint_every == 0 or step == total
+            if step % config.train.log_every == 0 or save:
+                values = {name: float(value) for name, value in metrics.items()}
+                values["learning_rate"] = float(training.schedule(step - 1))
+                # Share of the time since the last such line that steps waited for data.
+                values["data_wait"] = waited / worked
+                waited = worked = 0.0
+                writer.scalars(step, values)
+                require_finite(values, step, checkpoints.latest)
+                depthless |= tell_if_depthless(values, step, told=depthless)
+            if save:
+                whole = dataclasses.replace(training.state, ema=training.averaged())
+                checkpoints.save(step, whole, training.batches.get_state())
+            if end:
+                raise KeyboardInterrupt(f"ended after step {step}, of which a checkpoint is kept")
+            if step % config.eval.every == 0 or step == total:
+                progress.clear()
+                found = training.validate(step, writer)
+        training.save_model(output)
 
 
 @contextlib.contextmanager
@@ -349,7 +403,3 @@ class Profile(contextlib.ExitStack):
         elif step == self._end > self._first:
             self.close()
             log.info("profile of steps %d to %d in %s", self._first, step - 1, self._directory)
-
-
-def _last(scores: dict[int, float]) -> str:
-    return f"{list(scores.values())[-1]:.3f}" if scores else "-"

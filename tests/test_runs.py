@@ -1,6 +1,7 @@
 """What a workdir says of its run, and that one process at a time is at work there."""
 
 import contextlib
+import json
 import shutil
 
 import pytest
@@ -14,7 +15,8 @@ from tests.conftest import small_model, small_unet, write_pairs
 from tests.test_train import on_pairs
 
 
-def test_a_run_notices_that_its_teacher_is_another_one(pairs, tmp_path):
+def test_a_run_notices_that_its_teacher_is_another_one(tmp_path):
+    pairs = write_pairs(tmp_path / "pairs", 10)
     config = on_pairs(quickstart.stage1(tiny=True), pairs)
     config.teacher.path = str(tmp_path / "teacher")
     for seed, in_use, message in ((0, False, ""), (0, True, ""), (1, True, "another model than")):
@@ -59,3 +61,18 @@ def test_settings_that_cannot_be_read_are_named(tmp_path):
     (tmp_path / "config.json").write_text("")
     with pytest.raises(ValueError, match=r"config\.json is not JSON"):
         runs.claim(tmp_path, nano.teacher(tiny=True), in_use=True)
+
+
+def test_another_runs_workdir_is_known_by_when_its_newest_checkpoint_was_saved(tmp_path):
+    def save(step, nanoseconds):
+        folder = tmp_path / f"checkpoints/{step}"
+        folder.mkdir(parents=True, exist_ok=True)
+        content = {"commit_timestamp_nsecs": nanoseconds}
+        (folder / "_CHECKPOINT_METADATA").write_text(json.dumps(content))
+        return hub.digest(tmp_path)
+
+    (tmp_path / "checkpoints").mkdir()
+    assert hub.digest(tmp_path) == ""
+    first = save(900, 1)
+    assert save(1000, 2) not in (first, save(1000, 3))
+    assert save(100, 4) == hub.digest(tmp_path) != first

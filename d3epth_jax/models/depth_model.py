@@ -71,6 +71,11 @@ class DepthModel:
             )
 
     @property
+    def from_zeros(self) -> bool:
+        """Whether the depth latent that inference starts from is zero: told so, or of one step."""
+        return self.starts_at_zero or self.denoising_steps == 1
+
+    @property
     def downsample(self) -> int:
         """Pixels per latent cell, along one side."""
         return self.autoencoder.downsampling

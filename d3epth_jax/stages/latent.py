@@ -79,11 +79,6 @@ def init_adapters(
     return adapters
 
 
-def starts_at_zero(teacher: DepthModel) -> bool:
-    """Whether the depth latent that a teacher starts from is zero, as in inference (METHOD 1)."""
-    return teacher.denoising_steps == 1 or teacher.starts_at_zero
-
-
 def teach(
     teacher: DepthModel,
     params: Params,
@@ -129,10 +124,10 @@ def predict(
     ensemble: always the same for one picture, whatever its place in a batch or data set, and
     another for every other, so that a student of many pictures learns the mean over noise.
     """
-    if steps == 1 and starts_at_zero(teacher):
+    if steps == 1 and teacher.from_zeros:
         return inference.predict_latent(teacher, params, rgb_latent)
     noise = jnp.zeros(rgb_latent.shape, jnp.float32)
-    if not starts_at_zero(teacher):
+    if not teacher.from_zeros:
         # Mirror images have one sum, and one noise.
         seeds = jnp.sum(image, (1, 2, 3), dtype=jnp.uint32)
         key = jax.random.fold_in(jax.random.key(0), member)
@@ -173,7 +168,7 @@ def make_loss(
         raise ValueError(f"unknown terms {sorted(unknown)}; stage 1 knows {list(known)}")
     if "enc" in terms and share_encoder:
         raise ValueError("the term enc trains the student's encoder: set share_encoder to False")
-    if "feat" in terms and not (teacher_steps == 1 and starts_at_zero(teacher)):
+    if "feat" in terms and not (teacher_steps == 1 and teacher.from_zeros):
         raise ValueError(
             "the term feat compares features of a teacher's single step from zero latents; this"
             f" teacher takes {teacher_steps} step(s), from noise or not, and can give its latent"
