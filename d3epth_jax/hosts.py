@@ -4,12 +4,20 @@ All run the same program in step, so whatever decides what is computed next must
 of them. They share the workdir, as Orbax's checkpoints need too.
 """
 
+import itertools
+import math
+from collections.abc import Callable
+
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from d3epth_jax import sharding
+
+# Seconds that a process which failed waits for the others at its end, before it ends them.
+PATIENCE = 30
+_asked = itertools.count()  # rises through all jobs of a process, as JAX needs
 
 
 def join(where: str) -> None:
@@ -19,7 +27,7 @@ def join(where: str) -> None:
     else "ADDRESS:PORT,COUNT,INDEX", the address being that of process 0. ValueError for others.
     """
     if where == "auto":
-        jax.distributed.initialize()
+        jax.distributed.initialize(shutdown_timeout_seconds=PATIENCE)
         return
     address, *numbers = where.split(",")
     if ":" not in address or len(numbers) != 2 or not all(n.isdigit() for n in numbers):
@@ -27,7 +35,13 @@ def join(where: str) -> None:
     count, index = map(int, numbers)
     if index >= count:
         raise ValueError(f"--distributed={where}: INDEX counts from 0, and is less than COUNT")
-    jax.distributed.initialize(address, count, index, cluster_detection_method="deactivate")
+    jax.distributed.initialize(
+        address,
+        count,
+        index,
+        cluster_detection_method="deactivate",
+        shutdown_timeout_seconds=PATIENCE,
+    )
 
 
 def is_first() -> bool:
@@ -35,24 +49,58 @@ def is_first() -> bool:
     return jax.process_index() == 0
 
 
+def on_first(function: Callable[[], object]) -> None:
+    """Calls it in the first process while the others wait; what it refuses, all refuse.
+
+    ValueError in all for a ValueError or OSError in the first; else they would wait for ever.
+    """
+    if jax.process_count() == 1:
+        function()
+        return
+    refusal = b""
+    if is_first():
+        try:
+            function()
+        except (ValueError, OSError) as error:
+            refusal = str(error).encode() or type(error).__name__.encode()
+    length = int(multihost_utils.broadcast_one_to_all(np.int32(len(refusal))))
+    if length:
+        text = np.frombuffer(refusal.ljust(length, b" ")[:length], np.uint8)
+        raise ValueError(bytes(multihost_utils.broadcast_one_to_all(text)).decode())
+
+
 def require_one(job: str) -> None:
-    """Raises ValueError where there are several: the job would be done by each."""
+    """Raises ValueError where there are several: each would do the whole job."""
     if (count := jax.process_count()) > 1:
         raise ValueError(f"the job {job!r} runs in one process, not in {count}")
 
 
+def asked_to_end() -> bool:
+    """Whether SIGTERM came to any of several processes; all are told at one and the same call."""
+    return multihost_utils.reached_preemption_sync_point(next(_asked))
+
+
 def local_mesh(mesh: Mesh) -> Mesh:
-    """The mesh, or of several processes this one's devices alone."""
-    return mesh if jax.process_count() == 1 else sharding.make_mesh(devices=jax.local_devices())
+    """The mesh, or of several processes this one's devices, which share parameters as they can."""
+    if jax.process_count() == 1:
+        return mesh
+    devices = jax.local_devices()
+    return sharding.make_mesh(math.gcd(mesh.shape["fsdp"], len(devices)), devices)
 
 
-def gathered(tree, mesh: Mesh):
+def gathered(tree):
     """The tree with whole arrays in each process: itself, or copies in the hosts' memory."""
     if jax.process_count() == 1:
         return tree
 
-    everywhere = jax.jit(lambda tree: tree, out_shardings=sharding.replicated(mesh))(tree)
-    return jax.tree.map(lambda x: np.asarray(x.addressable_data(0)), everywhere)
+    def whole(x):
+        if not isinstance(x, jax.Array) or x.is_fully_addressable:
+            return x
+        if x.is_fully_replicated:
+            return np.asarray(x.addressable_data(0))
+        return np.asarray(multihost_utils.process_allgather(x, tiled=True))  # one array at a time
+
+    return jax.tree.map(whole, tree)
 
 
 def meet(place: str) -> None:

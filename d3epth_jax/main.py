@@ -79,9 +79,10 @@ def run_job(config: ConfigDict, workdir: pathlib.Path) -> None:
         raise ValueError(f"unknown job {config.job!r}: choose one of {sorted(jobs)}")
     log.info("%s: %s", config.job, workdir)
     _, run = jobs[config.job]
-    if config.job != "eval" or hosts.is_first():
+    if config.job == "eval":
+        hosts.on_first(lambda: run(config, workdir))
+    else:
         run(config, workdir)
-    hosts.meet(f"{workdir} is done")
 
 
 def check_jobs(jobs: dict[str, ConfigDict]) -> None:
@@ -91,6 +92,8 @@ def check_jobs(jobs: dict[str, ConfigDict]) -> None:
         prefix = f"{name}." if name else ""
         problems += [f"set --config.{prefix}{key}=PATH" for key in _unset(config)]
         try:
+            if config.job == "ablation":
+                hosts.require_one(config.job)
             if config.job in known:
                 check, _ = known[config.job]
                 check(config)

@@ -254,9 +254,10 @@ class DepthPipeline:
         elif not 1 <= steps <= last + 1:
             problems.append(f"num_inference_steps must be in 1..{last + 1}, not {steps}")
         else:
-            # The timestep of several steps is an array's, which may have any value.
-            start = schedule.timesteps(1)[0] if steps == 1 else last
             try:
+                first = schedule.timesteps(steps)[0]
+                # The timestep of several steps is an array's, which may have any value.
+                start = first if steps == 1 else last
                 schedule.z0(0.0, 0.0, start)
             except ValueError as error:
                 problems.append(str(error))

@@ -30,7 +30,8 @@ def alone(workdir: pathlib.Path) -> Iterator[None]:
         f"{workdir}: another process is training there now; wait for it, or choose another"
         " --workdir"
     )
-    with atomic.locked(workdir / "lock", refusal) if hosts.is_first() else contextlib.nullcontext():
+    with contextlib.ExitStack() as stack:
+        hosts.on_first(lambda: stack.enter_context(atomic.locked(workdir / "lock", refusal)))
         yield
 
 

@@ -50,6 +50,11 @@ def run(config, workdir: pathlib.Path) -> pathlib.Path:
     """
     output = workdir / "model"
     from_config.check(config)
+    if (
+        config.get("init_config")
+        and pathlib.Path(config.init).parent.resolve() == workdir.resolve()
+    ):
+        raise ValueError(f"{workdir} is where the model to start from, {config.init}, is trained")
     with (
         runs.alone(workdir),
         Checkpoints(workdir / "checkpoints", keep=config.train.keep_checkpoints) as checkpoints,
@@ -99,13 +104,13 @@ class Training:
         return self.average.params if self.average else self.state.ema
 
     def save_model(self, directory: pathlib.Path) -> None:
-        params = merge(hosts.gathered(self.averaged(), self.mesh), self.rest)
+        params = merge(hosts.gathered(self.averaged()), self.rest)
         if hosts.is_first():
             hub.save_model(directory, self.model, params, self.text)
         hosts.meet(f"{directory} is written")
 
     def validate(self, step: int, writer: MetricWriter) -> float:
-        params = hosts.gathered(merge(self.averaged(), self.frozen["rest"]), self.mesh)
+        params = hosts.gathered(merge(self.averaged(), self.frozen["rest"]))
         validation = self.computed, params, self.validation
         found = score(self.config, *validation, self.mesh, writer, step)
         if hosts.is_first():
@@ -231,9 +236,12 @@ def train(training: Training, checkpoints: Checkpoints, output: pathlib.Path) ->
 def asked_to_end() -> Iterator[Callable[[], bool]]:
     """Whether SIGTERM or SIGINT came; a second one interrupts at once.
 
-    Only in the main thread, which alone gets signals, and where there is one process: several would
-    have to agree on the step.
+    Only in the main thread, which alone gets signals. Several processes agree on the step, on
+    SIGTERM alone.
     """
+    if jax.process_count() > 1:
+        yield hosts.asked_to_end
+        return
     came = []
 
     def note(number, frame):
@@ -242,7 +250,7 @@ def asked_to_end() -> Iterator[Callable[[], bool]]:
         came.append(number)
         log.warning("ending after this step, with a checkpoint; once more: at once")
 
-    alone = threading.current_thread() is threading.main_thread() and jax.process_count() == 1
+    alone = threading.current_thread() is threading.main_thread()
     signals = (signal.SIGINT, signal.SIGTERM) if alone else ()
     before = {number: signal.signal(number, note) for number in signals}
     try:

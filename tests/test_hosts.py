@@ -1,24 +1,29 @@
-"""Training by several processes: the same model as by one, written once."""
+"""Training by several processes: the same model as by one, written once, and ended together."""
 
 import pathlib
+import re
 import socket
 import subprocess
 import sys
+import time
 
+import jax
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from d3epth_jax import hosts
+from configs.nano import ablation
+from d3epth_jax import atomic, hosts, main
 from tests.conftest import write_pairs
 
 ROOT = pathlib.Path(__file__).parents[1]
 # Parameters of any size are sharded here, so that a process holds no whole one of them.
 PROCESS = """
-import logging, pathlib, sys
+import logging, os, pathlib, signal, sys, time
 logging.basicConfig(level=logging.INFO)
-from d3epth_jax import hosts, sharding, train
-devices, where, pairs, workdir, steps = sys.argv[1:]
+logging.getLogger("absl").setLevel(logging.WARNING)
+from d3epth_jax import config_arguments, hosts, sharding, train
+devices, where, pairs, workdir, ending = sys.argv[1:]
 sharding.use_cpu_cores(int(devices))
 sharding.params_sharding.__kwdefaults__["min_size"] = 16
 if where:
@@ -28,48 +33,52 @@ from tests.conftest import small_model, small_unet
 from tests.test_train import teacher_config
 model = small_model(small_unet((8, 16)))
 presets.PRESETS["d2_nano"] = model.unet, model.autoencoder
-config = teacher_config(pairs, steps=4)
+config = teacher_config(pairs, steps=8)
 config.fsdp = 2
-config.train.checkpoint_every = 2
-if int(steps) < 4:  # ends early, with a checkpoint of the step before
-    train.require_finite = lambda values, step, _: step > int(steps) and sys.exit(3)
-train.run(config, pathlib.Path(workdir))
+def signalled(values, step, checkpoint):  # after the first step the second process is
+    if step == 1 and not hosts.is_first():
+        os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(1)
+if ending:
+    train.require_finite = signalled
+with config_arguments.in_a_sentence():
+    train.run(config, pathlib.Path(workdir))
 """
 
 
-def processes(count: int, pairs, workdir, steps: int = 4) -> list[subprocess.CompletedProcess]:
-    """Two devices' training, by as many processes."""
+def processes(count: int, folder: pathlib.Path, name: str, ending: str = "") -> list[str]:
+    """What as many processes of two devices together say, each with its exit code at the end."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         address = f"localhost:{free.getsockname()[1]}"
+    logs = [folder / f"{name}{i}.log" for i in range(count)]
+    where = [f"{address},{count},{i}" if count > 1 else "" for i in range(count)]
     started = [
         subprocess.Popen(
-            [
-                *(sys.executable, "-c", PROCESS, str(2 // count)),
-                *(f"{address},{count},{i}" if count > 1 else "", pairs, workdir, str(steps)),
-            ],
+            [sys.executable, "-c", PROCESS, str(2 // count), where[i]]
+            + [str(folder / "pairs"), str(folder / name), ending],
             cwd=ROOT,
-            stderr=subprocess.PIPE,
-            text=True,
+            stderr=logs[i].open("w"),
         )
         for i in range(count)
     ]
-    return [
-        subprocess.CompletedProcess(p.args, p.wait(), stderr=text)
-        for p, (_, text) in [(p, p.communicate(timeout=300)) for p in started]
-    ]
+    end = time.monotonic() + 300
+    while time.monotonic() < end and any(process.poll() is None for process in started):
+        time.sleep(0.2)
+    for process in started:
+        process.kill()
+    return [f"{log.read_text()}\n{p.wait()}" for log, p in zip(logs, started, strict=True)]
 
 
-@pytest.mark.xdist_group("hosts")
-def test_two_processes_train_what_one_does_and_go_on_after_an_end(tmp_path):
-    pairs = write_pairs(tmp_path / "pairs", 10)
-    (one,) = processes(1, pairs, tmp_path / "one")
-    assert one.returncode == 0, one.stderr
-    ended = processes(2, pairs, tmp_path / "two", steps=2)
-    assert 0 not in {process.returncode for process in ended}
-    for process in processes(2, pairs, tmp_path / "two"):
-        assert process.returncode == 0, process.stderr
-        assert "resumed from step 2" in process.stderr
+def test_two_processes_train_what_one_does_and_go_on_after_sigterm(tmp_path):
+    write_pairs(tmp_path / "pairs", 10)
+    (one,) = processes(1, tmp_path, "one")
+    assert one.endswith("\n0"), one
+    ended = processes(2, tmp_path, "two", ending="SIGTERM")
+    steps = [re.findall(r"ended after step (\d+)", text) for text in ended]
+    assert len(steps[0]) == 1 and steps[0] == steps[1], "\n".join(ended)
+    for text in processes(2, tmp_path, "two"):
+        assert f"resumed from step {steps[0][0]}" in text and text.endswith("\n0"), text
     for path in (tmp_path / "one/model").rglob("*.safetensors"):
         there = load_file(tmp_path / "two" / path.relative_to(tmp_path / "one"))
         for key, ours in load_file(path).items():
@@ -78,7 +87,21 @@ def test_two_processes_train_what_one_does_and_go_on_after_an_end(tmp_path):
     assert len(lines) == len((tmp_path / "one/metrics.jsonl").read_text().splitlines())
 
 
+def test_what_the_first_process_refuses_all_do(tmp_path):
+    (tmp_path / "two").mkdir()
+    refusal = RuntimeError()
+    with atomic.locked(tmp_path / "two/lock", refusal):
+        for text in processes(2, tmp_path, "two"):
+            assert "another process is training there now" in text and text.endswith("\n2"), text
+
+
 @pytest.mark.parametrize("where", ["", "here", "localhost:1", "localhost:1,2", "localhost:1,2,2"])
 def test_where_the_others_are_is_told_in_one_way(where):
     with pytest.raises(ValueError, match="--distributed"):
         hosts.join(where)
+
+
+def test_an_ablation_is_one_process_s(monkeypatch):
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    with pytest.raises(ValueError, match="'ablation' runs in one process, not in 2"):
+        main.check_jobs({"": ablation.get_config("tiny")})

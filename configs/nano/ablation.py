@@ -105,6 +105,9 @@ def get_config(argument: str | None = None) -> ConfigDict:
         config.order = tuple(suites[word])
         name, config.batch_size = SUITES[word]
         config.comparisons = edge_comparisons(name)
+    if word == "refined":
+        source = config.evaluations.scenes.eval.source
+        source.height, source.width = nano.LARGER
     return config
 
 
@@ -188,6 +191,7 @@ def refined_arms(config: ConfigDict, tiny: bool) -> dict[str, ConfigDict]:
     def refined(edge: float, weighting: str) -> ConfigDict:
         job = train(config, nano.stage2(tiny), "refined")
         job.init = "nano"
+        nano.resize(job, *nano.LARGER)  # the shipped models' size
         job.optim.clip = 1e6
         job.loss.beta.edge, job.weighting.name = edge, weighting
         job.weighting.dwa.window = WINDOW

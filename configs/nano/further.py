@@ -3,9 +3,9 @@
     python -m d3epth_jax.main --config=configs/nano/further.py         # an hour on 2 CPU cores
     python -m d3epth_jax.main --config=configs/nano/further.py:tiny    # seconds: does it run?
 
-It is how scenes of a newer version reach a model without training all anew (train.py:long).
-`--config.stage2.init` names what to begin with, nano-teacher for instance. RESULTS.md says what
-came of it.
+It is how scenes of a newer version reach a model without training all anew (train.py:long), and
+larger pictures: small ones are the cheaper way to begin. `--config.stage2.init` names what to begin
+with, nano-teacher for instance. RESULTS.md says what came of it.
 """
 
 from ml_collections import ConfigDict
@@ -16,12 +16,12 @@ from configs.nano import train as nano
 
 def stage2(tiny: bool = False) -> ConfigDict:
     config = nano.stage2(tiny)
+    nano.resize(config, *nano.LARGER)
     config.init = "nano"
     config.data.source.seed = 7401  # 7201 and 7301 the package's models have seen
     if not tiny:
-        config.train.steps = 14_000
-        config.schedule.warmup_steps = 100
-        config.eval.every = 1000
+        config.train.steps = 6000
+        config.schedule.update(learning_rate=7e-4, warmup_steps=100)
     return config
 
 
@@ -31,7 +31,9 @@ def evaluation(tiny: bool = False) -> ConfigDict:
         "before": "nano",
         "after": "{workdir}/stage2/model",
     }
-    return nano.show(nano.evaluation(tiny), models)
+    config = nano.evaluation(tiny)
+    config.eval.source.height, config.eval.source.width = nano.LARGER
+    return nano.show(config, models)
 
 
 def get_config(argument: str | None = None) -> ConfigDict:
