@@ -53,10 +53,10 @@ def processes(count: int, folder: pathlib.Path, name: str, ending: str = "") -> 
         address = f"localhost:{free.getsockname()[1]}"
     logs = [folder / f"{name}{i}.log" for i in range(count)]
     where = [f"{address},{count},{i}" if count > 1 else "" for i in range(count)]
+    paths = str(folder / "pairs"), str(folder / name)
     started = [
         subprocess.Popen(
-            [sys.executable, "-c", PROCESS, str(2 // count), where[i]]
-            + [str(folder / "pairs"), str(folder / name), ending],
+            [sys.executable, "-c", PROCESS, str(2 // count), where[i], *paths, ending],
             cwd=ROOT,
             stderr=logs[i].open("w"),
         )

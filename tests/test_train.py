@@ -372,6 +372,13 @@ def test_wrong_settings_are_named(change, message, pairs, tmp_path):
         train.run(config, tmp_path)
 
 
+def test_a_start_is_not_trained_into_the_run_s_own_workdir(tmp_path):
+    config = stage2.get_config("tiny")
+    config.init = str(tmp_path / "model")
+    with pytest.raises(ValueError, match="is where the model to start from"):
+        train.run(config, tmp_path)
+
+
 def test_all_wrong_settings_are_told_before_anything_is_trained(tmp_path):
     config = stage2.get_config("tiny")
     config.weighting.name = "dwaa"
