@@ -143,7 +143,8 @@ def training(stage: str) -> ConfigDict:
             "decoder": "own",
             "prediction_type": "depth",  # | disparity | sqrt_disparity
             "processing_resolution": 0,
-            "processing_aspect": placeholder(float),  # width / height; pictures are stretched
+            # Width / height that pictures are stretched to; given, also that of a model that goes on.
+            "processing_aspect": placeholder(float),
             "dtype": "float32",  # compute type: | bfloat16
             "remat": False,
         }

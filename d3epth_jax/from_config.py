@@ -220,9 +220,12 @@ def make_student(config, teacher: Start) -> Start:
 
 
 def _read_student(config) -> Start:
+    shape = {key: config.model[key] for key in ("processing_resolution", "processing_aspect")}
+    # What is trained at one shape has that one from then on.
+    reshaped = shape if config.model.processing_aspect is not None else {}
     if (pathlib.Path(config.init) / "checkpoints").is_dir():
         start = read_run(pathlib.Path(config.init))
-        settings = {"dtype": config.model.dtype, "remat": config.model.remat}
+        settings = {"dtype": config.model.dtype, "remat": config.model.remat, **reshaped}
         return start._replace(model=dataclasses.replace(start.model, **settings))
     model, params, text, predicts_depth = hub.load_model(
         config.init,
@@ -236,13 +239,8 @@ def _read_student(config) -> Start:
         model, params, widen=config.conv_in_bias if plain else ""
     )
     if not predicts_depth:
-        model = dataclasses.replace(
-            model,
-            prediction_type=config.model.prediction_type,
-            processing_resolution=config.model.processing_resolution,
-            processing_aspect=config.model.processing_aspect,
-        )
-    return Start(model, params, text)
+        reshaped = {"prediction_type": config.model.prediction_type, **shape}
+    return Start(dataclasses.replace(model, **reshaped), params, text)
 
 
 def _student_of_preset(config, teacher: Start) -> Start:

@@ -372,6 +372,19 @@ def test_wrong_settings_are_named(change, message, pairs, tmp_path):
         train.run(config, tmp_path)
 
 
+def test_a_model_that_goes_on_at_one_shape_has_that_one(tmp_path):
+    model = small_model(processing_resolution=48, processing_aspect=1.5)
+    hub.save_model(tmp_path / "model", model, init_params(model, 0))
+    config = nano.stage2(tiny=True)
+    config.init = str(tmp_path / "model")
+    nano.resize(config, 32, 64)
+    went_on = from_config.make_student(config, from_config.Start()).model
+    assert (went_on.processing_resolution, went_on.processing_aspect) == (64, 2.0)
+    config.model.processing_aspect = None  # any shape: as it was
+    went_on = from_config.make_student(config, from_config.Start()).model
+    assert (went_on.processing_resolution, went_on.processing_aspect) == (48, 1.5)
+
+
 def test_a_start_is_not_trained_into_the_run_s_own_workdir(tmp_path):
     config = stage2.get_config("tiny")
     config.init = str(tmp_path / "model")
