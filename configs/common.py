@@ -143,7 +143,7 @@ def training(stage: str) -> ConfigDict:
             "decoder": "own",
             "prediction_type": "depth",  # | disparity | sqrt_disparity
             "processing_resolution": 0,
-            # Width / height that pictures are stretched to; given, also that of a model that goes on.
+            # Width / height that pictures are stretched to; given, also of a model that goes on.
             "processing_aspect": placeholder(float),
             "dtype": "float32",  # compute type: | bfloat16
             "remat": False,

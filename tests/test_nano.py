@@ -70,7 +70,7 @@ def test_native_size_is_warned_of(caplog):
     pipeline._tell.cache_clear()  # it tells everything once
     picture = np.zeros((64, 64, 3), np.uint8)
     DepthPipeline.from_pretrained("nano")(picture, processing_resolution=0)
-    assert "trained on pictures squeezed to 1.33:1, 128 long" in caplog.text
+    assert "trained on pictures squeezed to 1.33:1, 192 long" in caplog.text
 
 
 def scores(source, protocol, *models, num_images=0):
@@ -87,21 +87,25 @@ def scores(source, protocol, *models, num_images=0):
     )
 
 
-def test_the_student_sees_more_than_the_ramp_and_nearly_what_its_teacher_sees():
-    source = data.make_source(**nano.scenes(common.PROCEDURAL_TEST, 128))
-    protocol = make_protocol("default")
-    of = scores(source, protocol, "nano", "nano-teacher", num_images=128).mean
+# At the size of both, which is the teacher's, and at the student's own.
+@pytest.mark.parametrize(("resolution", "f1"), [(max(nano.HEIGHT, nano.WIDTH), 0.03), (-1, 0.06)])
+def test_the_student_sees_more_than_the_ramp_and_nearly_what_its_teacher_sees(resolution, f1):
+    source = nano.scenes(common.PROCEDURAL_TEST, 128)
+    source.height, source.width = nano.LARGER
+    protocol = make_protocol("default", processing_resolution=resolution)
+    results = scores(data.make_source(**source), protocol, "nano", "nano-teacher", num_images=128)
+    of = results.mean
     assert of("nano") < min(0.18, 0.5 * of("ramp")), of("nano")
     assert of("nano") < 0.65 * of("ramp in its space")
     assert of("nano") <= 1.1 * of("nano-teacher")
-    assert of("nano", "boundary_f1") > 0.03
+    assert of("nano", "boundary_f1") > f1
 
 
 def test_the_student_beats_the_ramp_on_every_source_of_real_pictures(shared):
     protocol = make_protocol("default", processing_resolution=-1)
     results = scores(data.make_source(**common.folder(str(shared / "rgbd"))), protocol, "nano")
     of = results.mean_over_groups
-    assert of("nano") < 0.7 * of("ramp"), of("nano")
-    assert of("nano") < 0.8 * of("ramp in its space")
+    assert of("nano") < 0.6 * of("ramp"), of("nano")
+    assert of("nano") < 0.7 * of("ramp in its space")
     for group in results.groups:
         assert results.mean("nano", group=group) < results.mean("ramp", group=group), group
