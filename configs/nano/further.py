@@ -33,6 +33,7 @@ def evaluation(tiny: bool = False) -> ConfigDict:
     }
     config = nano.evaluation(tiny)
     config.eval.source.height, config.eval.source.width = nano.LARGER
+    config.eval.processing_resolution = -1  # each model's own
     return nano.show(config, models)
 
 
