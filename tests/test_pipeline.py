@@ -193,6 +193,16 @@ def test_drawn_latents_do_not_depend_on_the_place_in_a_list():
     np.testing.assert_array_equal(same.latent, alone.latent)
 
 
+@pytest.mark.parametrize(("batch_size", "encoded"), [(1, 1), (3, 1), (6, 2), (7, 3)])
+def test_an_ensembles_picture_is_encoded_once_for_all_its_members(batch_size, encoded, monkeypatch):
+    seen, encode = [], inference.encode_image
+    monkeypatch.setattr(inference, "encode_image", lambda *a: seen.append(len(a[2])) or encode(*a))
+    pipe = pipeline_of(denoising_steps=None)
+    picture = scenes(1)["image"].astype(np.float32) / 255
+    pipe(picture, num_inference_steps=1, ensemble_size=3, batch_size=batch_size)
+    assert seen == [encoded]
+
+
 def pipeline_of(**settings):
     model = small_model(**settings)
     return d3epth_jax.DepthPipeline(model, init_params(model, 0))
