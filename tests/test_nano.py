@@ -90,8 +90,7 @@ def scores(source, protocol, *models, num_images=0):
 # At the size of both, which is the teacher's, and at the student's own.
 @pytest.mark.parametrize(("resolution", "f1"), [(max(nano.HEIGHT, nano.WIDTH), 0.03), (-1, 0.06)])
 def test_the_student_sees_more_than_the_ramp_and_nearly_what_its_teacher_sees(resolution, f1):
-    source = nano.scenes(common.PROCEDURAL_TEST, 128)
-    source.height, source.width = nano.LARGER
+    source = nano.scenes(common.PROCEDURAL_TEST, 128, nano.LARGER)
     protocol = make_protocol("default", processing_resolution=resolution)
     results = scores(data.make_source(**source), protocol, "nano", "nano-teacher", num_images=128)
     of = results.mean

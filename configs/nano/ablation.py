@@ -81,9 +81,10 @@ def get_config(argument: str | None = None) -> ConfigDict:
     config.steps = ConfigDict(dict.fromkeys(steps, 4) if tiny else steps)
     config.teacher = "nano-teacher"
     config.real = ""  # a folder of RGB-D pairs with an index
+    size = nano.LARGER if word == "refined" else (nano.HEIGHT, nano.WIDTH)
     config.evaluations = ConfigDict(
         {
-            "scenes": evaluation(nano.scenes(common.PROCEDURAL_TEST, 16 if tiny else 256)),
+            "scenes": evaluation(nano.scenes(common.PROCEDURAL_TEST, 16 if tiny else 256, size)),
             "real": evaluation(common.folder("DIR")),
         }
     )
@@ -105,9 +106,6 @@ def get_config(argument: str | None = None) -> ConfigDict:
         config.order = tuple(suites[word])
         name, config.batch_size = SUITES[word]
         config.comparisons = edge_comparisons(name)
-    if word == "refined":
-        source = config.evaluations.scenes.eval.source
-        source.height, source.width = nano.LARGER
     return config
 
 
