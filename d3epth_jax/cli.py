@@ -14,8 +14,9 @@ import pathlib
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 
-from d3epth_jax import atomic, bench_cli, data_cli
+from d3epth_jax import atomic, data_cli
 from d3epth_jax.argument_types import in_range
+from d3epth_jax.bench import cli as bench_cli
 
 log = logging.getLogger(__name__)
 

@@ -12,8 +12,13 @@ import pytest
 from PIL import Image
 
 import d3epth_jax
-from d3epth_jax import bench, bench_cli, bench_measure, bench_plan, bench_report, cli
-from d3epth_jax.bench_worker import Worker, WorkerError
+from d3epth_jax import cli
+from d3epth_jax.bench import cli as bench_cli
+from d3epth_jax.bench import measure as bench_measure
+from d3epth_jax.bench import plan as bench_plan
+from d3epth_jax.bench import predict as bench
+from d3epth_jax.bench import report as bench_report
+from d3epth_jax.bench.worker import Worker, WorkerError
 from d3epth_jax.models import presets
 from d3epth_jax.models.depth_model import init_params
 from d3epth_jax.weights import hub
@@ -21,7 +26,7 @@ from tests.conftest import small_model, small_unet
 
 
 def test_a_worker_tells_what_went_wrong():
-    with Worker("d3epth_jax.bench") as worker:
+    with Worker("d3epth_jax.bench.predict") as worker:
         with pytest.raises(WorkerError, match="nowhere"):
             worker.ask("open", model="nowhere", size=[8, 8], batch=1, dtype="float32", folded=True)
         assert worker.ask("device")["platform"] == "cpu"  # it is still there
@@ -268,10 +273,10 @@ def test_rows_say_which_code_measured_them(measured, tmp_path, monkeypatch):
         named = ("-c", "user.name=a", "-c", "user.email=a@b")
         subprocess.run(["git", "-C", tmp_path, *named, *args], check=True, capture_output=True)
 
-    package = tmp_path / "d3epth_jax"
-    package.mkdir()
-    (package / "bench_cli.py").write_text("")
-    monkeypatch.setattr(bench_cli, "__file__", str(package / "bench_cli.py"))
+    package = tmp_path / "d3epth_jax" / "bench"
+    package.mkdir(parents=True)
+    (package / "cli.py").write_text("")
+    monkeypatch.setattr(bench_cli, "__file__", str(package / "cli.py"))
     version = d3epth_jax.__version__
     assert code() == version
     git("init")
@@ -280,7 +285,7 @@ def test_rows_say_which_code_measured_them(measured, tmp_path, monkeypatch):
     git("commit", "--message", "first")
     git("tag", "v9", "--annotate", "--message", "tag")
     assert re.fullmatch(re.escape(version) + " [0-9a-f]{7,}", commit := code())
-    (package / "bench_cli.py").write_text("changed")
+    (package / "cli.py").write_text("changed")
     assert code() == f"{commit} modified"
     monkeypatch.setenv("PATH", "")
     assert code() == version

@@ -5,8 +5,9 @@ import itertools
 import json
 import threading
 
-from d3epth_jax import bench_measure, cli
-from d3epth_jax.bench_worker import WorkerError
+from d3epth_jax import cli
+from d3epth_jax.bench import measure as bench_measure
+from d3epth_jax.bench.worker import WorkerError
 from tests.test_bench import ROW
 
 

@@ -8,8 +8,9 @@ import types
 import numpy as np
 import pytest
 
-from d3epth_jax import bench_measure, cli, macs
-from d3epth_jax.bench_worker import WorkerError, random_picture
+from d3epth_jax import cli, macs
+from d3epth_jax.bench import measure as bench_measure
+from d3epth_jax.bench.worker import WorkerError, random_picture
 from tests.test_bench import ROW
 from tests.test_bench_training import arguments
 
@@ -73,7 +74,7 @@ def test_a_cpu_is_not_compared_with_an_accelerator(tmp_path, ours, theirs):
 def test_diffusers_unet_takes_all_steps_and_memory_begins_when_it_is_prepared(
     saved, monkeypatch, tmp_path
 ):
-    from d3epth_jax import compare_diffusers
+    from d3epth_jax.bench import compare_diffusers
 
     theirs, calls = compare_diffusers.Theirs(), []
     theirs.open(str(saved[0]), [32, 48], 1, "float32", steps=3)
@@ -87,7 +88,7 @@ def test_diffusers_unet_takes_all_steps_and_memory_begins_when_it_is_prepared(
 
 
 def test_pictures_to_compare_with_need_no_jax():
-    code = "from d3epth_jax.bench_worker import random_picture as r; r((8, 8)); import sys"
+    code = "from d3epth_jax.bench.worker import random_picture as r; r((8, 8)); import sys"
     check = f"{code}; print('jax' in sys.modules)"
     out = subprocess.run([sys.executable, "-c", check], check=True, capture_output=True, text=True)
     assert out.stdout == "False\n"

@@ -8,8 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from d3epth_jax import bench_measure, bench_report, bench_train, cli
-from d3epth_jax.bench_worker import WorkerError
+from d3epth_jax import cli
+from d3epth_jax.bench import measure as bench_measure
+from d3epth_jax.bench import report as bench_report
+from d3epth_jax.bench import train as bench_train
+from d3epth_jax.bench.worker import WorkerError
 
 
 def arguments(**settings) -> argparse.Namespace:

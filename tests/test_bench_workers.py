@@ -7,7 +7,9 @@ import numpy as np
 import pytest
 
 from configs import d2, stage1, stage2
-from d3epth_jax import bench, bench_train, from_config, macs
+from d3epth_jax import from_config, macs
+from d3epth_jax.bench import predict as bench
+from d3epth_jax.bench import train as bench_train
 from d3epth_jax.models import presets
 from d3epth_jax.models.config import AutoencoderKLConfig
 from d3epth_jax.models.depth_model import DepthModel, init_params

@@ -16,8 +16,8 @@ import numpy as np
 import pytest
 import torch
 
-from d3epth_jax import bench
-from d3epth_jax.bench_worker import random_picture
+from d3epth_jax.bench import predict as bench
+from d3epth_jax.bench.worker import random_picture
 from d3epth_jax.models.config import AutoencoderKLConfig, UNetConfig
 from d3epth_jax.models.depth_model import abstract_autoencoder
 from d3epth_jax.models.unet import UNet

@@ -20,9 +20,9 @@ LAYERS = [
     "weights data optim sharding hosts compilation_cache train_state checkpoint metric_writer",
     "inference stages steps",
     "from_config training_data runs train cache evaluate evaluation pipeline gallery progress"
-    " baselines macs bench bench_train bench_worker bench_report compare_diffusers ablation"
-    " ablation_report",
-    "main config_arguments cli argument_types bench_cli bench_measure bench_plan data_cli __main__",
+    " baselines macs bench.predict bench.train bench.worker bench.report bench.compare_diffusers"
+    " ablation ablation_report",
+    "main config_arguments cli argument_types bench data_cli __main__",
 ]
 
 # Library -> the only modules that may import it; () means none.
@@ -33,8 +33,8 @@ ROOMS = {
     "orbax": ("checkpoint",),
     "tensorflow_datasets": ("data",),
     "array_record": ("data",),
-    "torch": ("compare_diffusers",),  # which nothing imports: it runs as a process
-    "diffusers": ("compare_diffusers",),
+    "torch": ("bench.compare_diffusers",),  # which nothing imports: it runs as a process
+    "diffusers": ("bench.compare_diffusers",),
     "transformers": (),
     "tensorflow": (),
     "clu": (),
@@ -194,7 +194,7 @@ def test_the_checker_passes_a_sound_package():
         ("", "from d3epth_jax import losses", "__init__ imports losses"),
         ("losses", "from flax import linen", "losses imports flax.linen"),
         ("losses", "import flax\nx = flax.linen.Dense", "losses imports flax.linen"),
-        ("losses", "import torch.nn", "torch, which is for compare_diffusers"),
+        ("losses", "import torch.nn", "torch, which is for bench.compare_diffusers"),
         ("models.unet", "from diffusers import UNet2DModel", "diffusers"),
         ("losses", "import ml_collections", "ml_collections, which is for main, from_config"),
         ("models.unet", "import grain.python", "grain, which is for data, checkpoint"),

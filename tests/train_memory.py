@@ -17,9 +17,9 @@ import numpy as np
 
 from configs import stage2
 from d3epth_jax import from_config, sharding, train
-from d3epth_jax.bench import device
-from d3epth_jax.bench_cli import when
-from d3epth_jax.bench_train import planned
+from d3epth_jax.bench.cli import when
+from d3epth_jax.bench.predict import device
+from d3epth_jax.bench.train import planned
 from d3epth_jax.models import presets
 from d3epth_jax.models.depth_model import DepthModel, abstract_params
 from d3epth_jax.train_state import init_train_state, split_trainable

@@ -15,8 +15,8 @@ import os
 import shutil
 import sys
 
-from d3epth_jax.bench_cli import when
-from d3epth_jax.bench_worker import Worker
+from d3epth_jax.bench.cli import when
+from d3epth_jax.bench.worker import Worker
 
 WANTED = {"cpu": 0.8, "gpu": 1.0}  # torch's time / ours
 WAYS = ("ours", "torch", "torch, channels_last")

@@ -5,7 +5,7 @@ What tests/train_speed.py compares; its requests go through d3epth_jax.bench_wor
 
 import time
 
-from d3epth_jax.bench_worker import serve
+from d3epth_jax.bench.worker import serve
 
 BATCH, HEIGHT, WIDTH = 1, 384, 512
 LEARNING_RATE, DECAY, CLIP = 3e-5, 0.999, 1.0

@@ -1,6 +1,6 @@
 """What a training step costs: compiled for shapes alone, then run on random batches.
 
-`python -m d3epth_jax.bench_train` answers `bench_measure`'s requests (bench_worker.py).
+`python -m d3epth_jax.bench.train` answers `measure`'s requests (worker.py).
 """
 
 import functools
@@ -13,8 +13,8 @@ import jax
 import numpy as np
 
 from d3epth_jax import macs, memory, optim, steps, weighting
-from d3epth_jax.bench import device, matmul_peak, most_memory, read
-from d3epth_jax.bench_worker import serve
+from d3epth_jax.bench.predict import device, matmul_peak, most_memory, read
+from d3epth_jax.bench.worker import serve
 from d3epth_jax.models import presets
 from d3epth_jax.models.config import TinyAutoencoderConfig
 from d3epth_jax.models.depth_model import DepthModel, count_params
@@ -97,7 +97,7 @@ class Training:
         return found | {"after_failure": failed}
 
     def matmul(self, dtype: str) -> dict:
-        """As bench.py's, after the step: its memory is not the step's."""
+        """As predict.py's, after the step: its memory is not the step's."""
         return {"flops": matmul_peak(dtype)}
 
     def _run(self, runs: int) -> dict:

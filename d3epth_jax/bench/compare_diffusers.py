@@ -1,7 +1,7 @@
-"""How fast diffusers predicts with the same weights: `python -m d3epth_jax.compare_diffusers`.
+"""How fast diffusers predicts with the same weights: `-m d3epth_jax.bench.compare_diffusers`.
 
-The one module that imports torch and diffusers, in a process of its own (bench_worker.py); nothing
-of the package imports it. Its requests are those of bench.py.
+The one module that imports torch and diffusers, in a process of its own (worker.py); nothing
+of the package imports it. Its requests are those of predict.py.
 """
 
 import json
@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 
 from d3epth_jax import memory
-from d3epth_jax.bench_worker import cores, serve
+from d3epth_jax.bench.worker import cores, serve
 
 PROMPT = "empty_prompt.safetensors"  # weights.hub.PROMPT, without JAX in this process
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

@@ -1,7 +1,7 @@
 """d3epth bench: what models cost, how fast they are here, and beside diffusers.
 
 As in cli.py, nothing heavy is imported before a command runs. What is to be measured is
-bench_plan.py's, how is bench_measure.py's.
+plan.py's, how is measure.py's.
 """
 
 import argparse
@@ -12,8 +12,9 @@ import pathlib
 import subprocess
 import sys
 
-from d3epth_jax import __version__, bench_measure
-from d3epth_jax.bench_plan import WHAT, plan
+from d3epth_jax import __version__
+from d3epth_jax.bench import measure
+from d3epth_jax.bench.plan import WHAT, plan
 
 OK, SOME_FAILED, UNUSABLE, INTERRUPTED = 0, 1, 2, 130
 
@@ -75,7 +76,7 @@ def add_bench(commands) -> None:
 
 def bench(args: argparse.Namespace) -> int:
     """`d3epth bench`: the exit code."""
-    from d3epth_jax.bench_report import name
+    from d3epth_jax.bench.report import name
 
     for key, value in (ALL if args.all else USUAL).items():
         if getattr(args, key) is None:
@@ -93,24 +94,24 @@ def bench(args: argparse.Namespace) -> int:
         there = [row for row in done if _is_of(row, job) and _is_enough(row, job)]
         if there:
             code = there[-1].get("code", "unknown code")
-            bench_measure.say(f"{label} is there" + (f", of {code}" if code != here else ""))
+            measure.say(f"{label} is there" + (f", of {code}" if code != here else ""))
         elif job not in [other for _, other in todo]:
             todo.append((label, job))
     if rows:
         rows = _in_order(rows, jobs)
         _save(args, rows)
-    waves = collections.deque(bench_measure.waves(todo, args.ahead))
+    waves = collections.deque(measure.waves(todo, args.ahead))
     try:
         while waves:
             wave = waves.popleft()
-            with bench_measure.ready_together(wave) as models:
+            with measure.ready_together(wave) as models:
                 for (label, job), ready in zip(wave, models, strict=True):
-                    bench_measure.say(f"{label} ...")
-                    now = bench_measure.measured(job, args, *ready) | when()
+                    measure.say(f"{label} ...")
+                    now = measure.measured(job, args, *ready) | when()
                     rows = _in_order(_replaced(rows, job, now), jobs)
                     _save(args, rows)
                     if "error" in now and ready:  # alone it may find the memory
-                        bench_measure.say("    it is measured alone, after the others")
+                        measure.say("    it is measured alone, after the others")
                         waves.append([(label, job)])
                     else:
                         failed |= "error" in now
@@ -127,7 +128,7 @@ def _measured_before(args: argparse.Namespace) -> list[dict]:
 
     A row says which device it was measured on, and with which JAX.
     """
-    from d3epth_jax.bench_worker import WorkerError, machine
+    from d3epth_jax.bench.worker import WorkerError, machine
 
     path = args.out and args.out / RESULTS
     if not (args.resume and path.is_file()):
@@ -136,7 +137,7 @@ def _measured_before(args: argparse.Namespace) -> list[dict]:
         saved = json.loads(path.read_text())
         rows, keys = saved["rows"], ("device", "platform", "jax")
         there = [saved["machine"], *({k: row[k] for k in keys if k in row} for row in rows)]
-        here = machine() | bench_measure.device()
+        here = machine() | measure.device()
         other = next((place for place in there if not place.items() <= here.items()), None)
     except WorkerError as error:
         raise ValueError(f"no device to compare with: {error}") from error
@@ -156,7 +157,7 @@ def when(program: str = "d3epth") -> dict:
 
 def _code() -> str:
     """The package's version, and its commit where it lies in a git checkout of its own."""
-    root = pathlib.Path(__file__).parents[1]
+    root = pathlib.Path(__file__).parents[2]
     if not (root / ".git").exists():  # git would tell of a checkout around it
         return __version__
     git = ["git", "-C", str(root), "describe", "--always", "--exclude=*", "--dirty= modified"]
@@ -202,26 +203,27 @@ def _is_enough(row: dict, job: dict) -> bool:
 
 
 def _show(args: argparse.Namespace, rows: list[dict]) -> None:
-    from d3epth_jax import bench_report
+    from d3epth_jax.bench import report
 
-    print(bench_report.markdown(rows))
+    print(report.markdown(rows))
     if args.out is not None:
         print(f"results are in {args.out}")
 
 
 def _save(args: argparse.Namespace, rows: list[dict]) -> None:
     """All files anew after each measurement: whatever comes then, they are there."""
-    from d3epth_jax import atomic, bench_report
-    from d3epth_jax.bench_worker import machine
+    from d3epth_jax import atomic
+    from d3epth_jax.bench import report
+    from d3epth_jax.bench.worker import machine
 
     if args.out is None:
         return
     content = {"machine": machine(), "rows": rows}
-    text = bench_report.document(**content)
+    text = report.document(**content)
     for name, data in ((RESULTS, json.dumps(content, indent=1)), ("bench.md", text)):
         with atomic.replacing(args.out / name) as partial:
             partial.write_text(data)
-    chart = bench_report.macs_chart(rows)
+    chart = report.macs_chart(rows)
     if chart is None:  # there may be one of before
         (args.out / "macs.png").unlink(missing_ok=True)
     else:

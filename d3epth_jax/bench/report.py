@@ -42,7 +42,7 @@ def document(machine: dict, rows: list[dict]) -> str:
 
 
 def markdown(rows: Iterable[dict]) -> str:
-    """All tables there are rows for; each row is what bench_measure made of one measurement."""
+    """All tables there are rows for; each row is what measure.py made of one measurement."""
     rows = _with_peak(rows)
     predicted = _sorted(row for row in rows if "parts" in row)
     tables = [

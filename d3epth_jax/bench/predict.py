@@ -1,6 +1,6 @@
-"""How fast this package predicts: `python -m d3epth_jax.bench` answers requests.
+"""How fast this package predicts: `python -m d3epth_jax.bench.predict` answers requests.
 
-`bench_measure` asks, one process for each line of the table (bench_worker.py). Weights of presets
+`measure` asks, one process for each line of the table (worker.py). Weights of presets
 are random: they cost the same as any others.
 """
 
@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from d3epth_jax import macs, memory
-from d3epth_jax.bench_worker import random_picture, serve
+from d3epth_jax.bench.worker import random_picture, serve
 from d3epth_jax.models import presets
 from d3epth_jax.models.depth_model import DepthModel, count_params, init_params
 from d3epth_jax.pipeline import DepthPipeline

@@ -1,6 +1,6 @@
-"""What `d3epth bench` measures: each job in processes of its own (bench_worker.py).
+"""What `d3epth bench` measures: each job in processes of its own (worker.py).
 
-Nothing heavy is imported here, as in bench_cli.py: JAX and torch only ever run in those processes.
+Nothing heavy is imported here, as in cli.py: JAX and torch only ever run in those processes.
 """
 
 import argparse
@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import Any, NamedTuple
 
-from d3epth_jax.bench_plan import is_model
+from d3epth_jax.bench.plan import is_model
 
 Todo = list[tuple[str, dict]]  # each job with its label
 
@@ -60,7 +60,7 @@ def ready_together(wave: Todo) -> Iterator[list[list[Future]]]:
 
 def measured(job: dict, args: argparse.Namespace, *ready: Future) -> dict:
     """The job and what was found, or the `error`."""
-    from d3epth_jax.bench_worker import WorkerError
+    from d3epth_jax.bench.worker import WorkerError
 
     measure = {"predict": _predict, "pieces": _pieces}.get(job["what"], _train)
     try:
@@ -85,7 +85,7 @@ def _begun(job: dict, *, shares: bool) -> Iterator[Ready]:
     """shares: the device's memory, with other processes."""
     with contextlib.ExitStack() as stack:
         env = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"} if shares else {}
-        ours = _worker(stack, "bench" if job["what"] == "predict" else "bench_train", env)
+        ours = _worker(stack, "predict" if job["what"] == "predict" else "train", env)
         folder = pathlib.Path(stack.enter_context(tempfile.TemporaryDirectory()))
         saves = job.get("compared") and not is_model(job["model"])
         saved = str(folder / "model") if saves else ""
@@ -131,7 +131,7 @@ def _made_ready(job: dict, ready: Ready, together: int = 1) -> Ready:
 
 
 def _predict(job: dict, args: argparse.Namespace, ready: Ready | None = None) -> dict:
-    from d3epth_jax.bench_worker import WorkerError
+    from d3epth_jax.bench.worker import WorkerError
 
     with contextlib.ExitStack() as stack:
         if ready:
@@ -168,7 +168,7 @@ def _compare(job, args, ours, theirs, folder: pathlib.Path, saved: str, row: dic
     """
     import numpy as np
 
-    from d3epth_jax.bench_worker import WorkerError, random_picture
+    from d3epth_jax.bench.worker import WorkerError, random_picture
 
     picture = str(folder / "picture.npy")
     np.save(picture, random_picture(job["size"]))
@@ -228,7 +228,7 @@ def _train(job: dict, args: argparse.Namespace, ready: Ready | None = None) -> d
     Where the micro-batch is given, only the second. Each is in a process of its own: an accelerator
     does not forget the most memory it ever had.
     """
-    from d3epth_jax.bench_worker import WorkerError
+    from d3epth_jax.bench.worker import WorkerError
 
     def step(micro: int, batch: int, ready: Ready | None = None) -> dict:
         with contextlib.ExitStack() as stack:
@@ -263,21 +263,21 @@ def _train(job: dict, args: argparse.Namespace, ready: Ready | None = None) -> d
 def _pieces(job: dict, args: argparse.Namespace) -> dict:
     del args
     with contextlib.ExitStack() as stack:
-        worker = _worker(stack, "bench", {})
+        worker = _worker(stack, "predict", {})
         return {"pieces": worker.ask("pieces", model=job["model"], size=job["size"])}
 
 
 def _worker(stack: contextlib.ExitStack, module: str, env: dict):
-    from d3epth_jax.bench_worker import Worker
+    from d3epth_jax.bench.worker import Worker
 
-    return stack.enter_context(Worker(f"d3epth_jax.{module}", env))
+    return stack.enter_context(Worker(f"d3epth_jax.bench.{module}", env))
 
 
 @functools.cache
 def device() -> dict:
     """The device that workers compute on, and their JAX: asked of one, to leave it free here."""
     with contextlib.ExitStack() as stack:
-        return _worker(stack, "bench", {}).ask("device")
+        return _worker(stack, "predict", {}).ask("device")
 
 
 def say(line: str) -> None:
