@@ -141,7 +141,8 @@ def training(stage: str) -> ConfigDict:
             "unet": "own",  # "teacher": pruned from the teacher's as BK-SDM (needs no `init`)
             "encoder": "own",  # "teacher": the teacher's, shape and weights
             "decoder": "own",
-            "prediction_type": "depth",  # | disparity | sqrt_disparity
+            # depth | disparity | sqrt_disparity; without: init's, else the teacher's, else depth
+            "prediction_type": placeholder(str),
             "processing_resolution": 0,
             # Width / height that pictures are stretched to; given, also of a model that goes on.
             "processing_aspect": placeholder(float),
@@ -169,20 +170,20 @@ def training(stage: str) -> ConfigDict:
             "min_valid": 16,
         }
         config.loss = ConfigDict({"beta": beta, "preset": "default", "options": options})
+        config.weighting = ConfigDict(
+            {
+                "name": "dwa",  # | static | uncertainty
+                "dwa": {
+                    "temperature": 2.0,
+                    "window": 500,
+                    "ratio_clip": (0.5, 2.0),  # () for none, as Liu et al.
+                    "normalize": True,
+                },
+            }
+        )
     else:
         # `enc` counts where the student's own encoder trains, and only there.
         config.loss = ConfigDict({"beta": {"gt": 1.0, "out": 1.0, "feat": 0.1, "enc": 1.0}})
-    config.weighting = ConfigDict(
-        {
-            "name": "dwa",  # | static | uncertainty
-            "dwa": {
-                "temperature": 2.0,
-                "window": 500,
-                "ratio_clip": (0.5, 2.0),  # () for none, as Liu et al.
-                "normalize": True,
-            },
-        }
-    )
     config.schedule = ConfigDict(
         {
             "learning_rate": 5e-5 if stage == "latent" else 3e-6,
@@ -193,7 +194,7 @@ def training(stage: str) -> ConfigDict:
     config.optim = ConfigDict(
         {
             "weight_decay": 1e-2,
-            "clip": 1.0,
+            "clip": 1.0,  # of the gradients' global norm; 0: none
             "b1": 0.9,
             "b2": 0.999,
             "moments": "float32",  # | bfloat16, rounded at random: half the optimiser's memory
@@ -263,6 +264,7 @@ def part(
             "height": height,
             "width": width,
             "crop": crop,  # | center | kitti, the bottom and middle of the picture as it is
+            # | stretch, all of it in that shape: for models with a processing_aspect
             "flip": flip,  # probability of a horizontal flip
             "max_depth": max_depth,  # metres; farther is unknown; 0 no limit
             # A sample with less depth range (metres) or contrast (of 255), or a larger share of

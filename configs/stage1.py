@@ -28,6 +28,7 @@ def on_pairs(config: ConfigDict) -> ConfigDict:
     config.eval.source = common.folder("DIR", split="validation")
     config.eval.num_images = 0
     config.eval.processing_resolution = config.model.processing_resolution
+    config.data.crop = "stretch"  # as pictures of any shape are predicted by these models
     config.train.save_start = False
     return config
 

@@ -16,6 +16,7 @@ from d3epth_jax import (
     ablation_report,
     atomic,
     cache,
+    check_config,
     data,
     evaluate,
     from_config,
@@ -96,7 +97,7 @@ def check(config) -> None:
                 problems.append(f"arms.{name} has seeds that {other!r} lacks, which it needs")
         if arm.after and arm.macs_of:
             problems.append(f"arms.{name}: `after` and `macs_of` exclude each other")
-        ask(f"arms.{name}", from_config.check, arm.train)
+        ask(f"arms.{name}", check_config.check, arm.train)
     if any(config.arms[name].train.teacher.cache for name in config.order if name in config.arms):
         ask("cache", cache.check, config.cache)
     for name, job in config.evaluations.items():

@@ -156,8 +156,8 @@ def predict(args: argparse.Namespace) -> int:
     """`d3epth predict`: the exit code, after everything that can be predicted has been."""
     from d3epth_jax.progress import Progress
 
-    if args.uncertainty and args.ensemble_size < 2:
-        args.fail("--uncertainty compares an ensemble's members: set --ensemble-size to 2 or more")
+    if args.uncertainty and args.ensemble_size < 3:
+        args.fail("--uncertainty compares an ensemble's members: set --ensemble-size to 3 or more")
     # Made with the first result; what cannot be made is told before a model is fetched and loaded.
     there = next(path for path in (args.out, *args.out.parents) if os.path.lexists(path))
     if not (os.path.isdir(there) and os.access(there, os.W_OK)):

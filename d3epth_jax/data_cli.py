@@ -62,7 +62,12 @@ def _add_build(commands) -> None:
     add("--split", help="its name there; default: the source's setting `split`, or train")
     add("--height", type=in_range(int, 1), help="scale and crop to this size; default: as they are")
     add("--width", type=in_range(int, 1))
-    add("--crop", choices=("center", "kitti"), default="center", help="which part of it is kept")
+    add(
+        "--crop",
+        choices=("center", "kitti", "stretch"),
+        default="center",
+        help="which part of it is kept",
+    )
     add("--workers", type=in_range(int, 0), metavar="N",
         help="processes; 0: this one; default: one for each core")  # fmt: skip
     add("--shards", type=in_range(int, 1), metavar="N",

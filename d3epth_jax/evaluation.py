@@ -250,7 +250,7 @@ def score(
     if "edges" in sample:
         edges = sample["edges"][..., 0]
         scores |= metrics.depth_boundary_errors(aligned[0, ..., 0], edges)
-    scores["negative_scale"] = float(scale[0] < 0)
+    scores["negative_scale"] = float(scale[0] < 0) if counted.any() else np.nan
     return scores, aligned[0]
 
 

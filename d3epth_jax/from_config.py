@@ -12,11 +12,9 @@ from ml_collections import ConfigDict
 
 from d3epth_jax import losses, optim, runs, sharding, training_data, weighting
 from d3epth_jax.checkpoint import Checkpoints
-from d3epth_jax.evaluate import LEAST as EVALUATED
-from d3epth_jax.evaluate import too_small
 from d3epth_jax.models import presets
 from d3epth_jax.models.config import TinyAutoencoderConfig
-from d3epth_jax.models.depth_model import COMPUTE_TYPES, DepthModel, count_params, init_params
+from d3epth_jax.models.depth_model import DepthModel, count_params, init_params
 from d3epth_jax.stages import latent, pixel
 from d3epth_jax.train_state import init_train_state, merge, split_trainable
 from d3epth_jax.typing import Params
@@ -25,67 +23,6 @@ from d3epth_jax.weights.download import may_be_read
 from d3epth_jax.weights.prompt import PromptEncoder
 
 log = logging.getLogger(__name__)
-
-STAGES = ("pixel", "latent")
-
-
-def check(config) -> None:
-    """Raises ValueError with every setting that can be seen to be wrong without a model or data.
-
-    Also in the configs of what would be trained first: nothing trains for minutes to fail then.
-    """
-    problems = []
-
-    def ask(function, *args):
-        try:
-            function(*args)
-        except ValueError as error:
-            problems.append(str(error))
-
-    ask(_check_choices, config)
-    if config.stage == "pixel" and config.loss.preset in losses.PRESETS:
-        options = losses.PRESETS[config.loss.preset] | dict(config.loss.options)
-        names = ("penalty", "delta", "alpha", "tau", "num_scales")
-        ask(losses.check_options, *(options[name] for name in names))
-    ask(training_data.check, config)
-    ask(make_schedule, config)
-    ask(make_weighting, config, 2)
-    if config.get("init_config") is not None:
-        ask(check, config.init_config)
-    if problems:
-        raise ValueError("\n".join(problems))
-
-
-def _check_choices(config) -> None:
-    choices = {"stage": (config.stage, STAGES)}
-    if config.stage == "pixel":
-        choices["loss.preset"] = (config.loss.preset, sorted(losses.PRESETS))
-    if not config.init:
-        parts = {f"model.{p}": config.model[p] for p in ("unet", "encoder", "decoder")}
-        choices |= {name: (value, ("own", "teacher")) for name, value in parts.items()}
-        choices["model preset"] = (config.model.preset, sorted(presets.PRESETS))
-    choices["model.dtype"] = (config.model.dtype, COMPUTE_TYPES)
-    choices["optim.moments"] = (config.optim.moments, optim.MOMENTS)
-    problems = [
-        f"unknown {name} {value!r}: choose one of {list(known)}"
-        for name, (value, known) in choices.items()
-        if value not in known
-    ]
-    counts = {"steps": 1, "accumulate": 1, "log_every": 1, "checkpoint_every": 1}
-    problems += too_small(config.data, "data", batch_size=1)
-    problems += too_small(config.train, "train", host_ema_every=0, **counts)
-    problems += too_small(config.eval, "eval", every=1, **EVALUATED)
-    problems += too_small(config.schedule, "schedule", learning_rate=0)
-    resolution, aspect = config.model.processing_resolution, config.model.processing_aspect
-    if aspect is not None and not (aspect > 0 and resolution):
-        problems.append(
-            f"model.processing_aspect {aspect} with processing_resolution {resolution}: a positive"
-            " width / height is expected, and a resolution, since native sizes are not stretched"
-        )
-    if config.train.host_ema_every and jax.process_count() > 1:
-        problems.append("train.host_ema_every needs a single process: set it to 0")
-    if problems:
-        raise ValueError("\n".join(problems))
 
 
 class Start(NamedTuple):
@@ -125,6 +62,8 @@ def read_teacher(config) -> Start:
             " pixel stage compares with a teacher of one step, such as a D^2epth or E2E-FT"
         )
     log.info("teacher: %s, %d step(s), %s", config.teacher.path, steps, describe(model, params))
+    if doubt := model.schedule.doubt(steps):
+        log.warning("teacher: %s", doubt)
     return Start(model, params, text)
 
 
@@ -221,11 +160,13 @@ def make_student(config, teacher: Start) -> Start:
 
 def _read_student(config) -> Start:
     shape = {key: config.model[key] for key in ("processing_resolution", "processing_aspect")}
+    space = config.model.prediction_type
     # What is trained at one shape has that one from then on.
     reshaped = shape if config.model.processing_aspect is not None else {}
     if (pathlib.Path(config.init) / "checkpoints").is_dir():
         start = read_run(pathlib.Path(config.init))
         settings = {"dtype": config.model.dtype, "remat": config.model.remat, **reshaped}
+        settings |= _in_space(start.model, space)
         return start._replace(model=dataclasses.replace(start.model, **settings))
     model, params, text, predicts_depth = hub.load_model(
         config.init,
@@ -238,9 +179,22 @@ def _read_student(config) -> Start:
     model, params = surgery.to_single_step(
         model, params, widen=config.conv_in_bias if plain else ""
     )
-    if not predicts_depth:
-        reshaped = {"prediction_type": config.model.prediction_type, **shape}
-    return Start(dataclasses.replace(model, **reshaped), params, text)
+    if predicts_depth:
+        settings = reshaped | _in_space(model, space)
+    else:
+        settings = {"prediction_type": space or "depth", **shape}
+    return Start(dataclasses.replace(model, **settings), params, text)
+
+
+def _in_space(model: DepthModel, space: str | None) -> dict[str, str]:
+    """What changes of a model that is to predict in another space from now on."""
+    if space in (None, model.prediction_type):
+        return {}
+    log.warning(
+        "the model to start from predicts %s: it is trained to predict %s from here on",
+        *(model.prediction_type, space),
+    )
+    return {"prediction_type": space}
 
 
 def _student_of_preset(config, teacher: Start) -> Start:
@@ -257,7 +211,8 @@ def _student_of_preset(config, teacher: Start) -> Start:
         unet,
         autoencoder,
         presets.SINGLE_STEP,
-        prediction_type=config.model.prediction_type,
+        prediction_type=config.model.prediction_type
+        or (teacher.model.prediction_type if teacher.model else "depth"),
         processing_resolution=config.model.processing_resolution,
         processing_aspect=config.model.processing_aspect,
         dtype=config.model.dtype,

@@ -94,7 +94,8 @@ def align_to_metric(
     0 for none.
 
     A negative scale means an inverted prediction; without two different predictions it is 0, and
-    the mean is the answer. ValueError for another space.
+    the mean is the answer, or the farthest depth where no disparity is above 0. ValueError for
+    another space.
     """
     if space not in EXPONENT or alignment not in ("", *ALIGNMENTS):
         raise ValueError(

@@ -42,7 +42,7 @@ def make_optimizer(
     b2: float = 0.999,
     moments: str = "float32",
 ) -> optax.GradientTransformation:
-    """AdamW after clipping to the global norm `clip`; biases and norms do not decay.
+    """AdamW after clipping to the global norm `clip`, 0 for none; biases and norms do not decay.
 
     `moments` is the type in which both moments are kept; of bfloat16 they take half the memory.
     """
@@ -57,7 +57,7 @@ def make_optimizer(
     )
     if moments == "bfloat16":
         adamw = state_in_bfloat16(adamw)
-    return optax.chain(optax.clip_by_global_norm(clip), adamw)
+    return optax.chain(optax.clip_by_global_norm(clip), adamw) if clip else adamw
 
 
 class Bfloat16State(NamedTuple):

@@ -271,8 +271,8 @@ class DepthPipeline:
         for name, count in {"batch_size": batch_size, "ensemble_size": ensemble_size}.items():
             if count < 1:
                 problems.append(f"{name} must be at least 1, not {count}")
-        if output_uncertainty and ensemble_size == 1:
-            problems.append("output_uncertainty compares members: set ensemble_size to 2 or more")
+        if output_uncertainty and ensemble_size < 3:  # of two the median deviation is 0
+            problems.append("output_uncertainty compares members: set ensemble_size to 3 or more")
         if zeros and ensemble_size > 1:
             problems.append(
                 "the model starts from zero latents, so all members of an ensemble would be equal:"
@@ -288,12 +288,10 @@ class DepthPipeline:
         if zeros and steps > 1 and self.model.denoising_steps == 1:
             notice = f"{steps} steps from zero latents: the model was made for one"
             _tell(self.model, logging.WARNING, notice)
-        if start < last / 2:
-            notice = (
-                f"the one step is at timestep {start} of 0..{last}, where there is hardly any noise"
-                f" (timestep_spacing {schedule.timestep_spacing!r}): such models are made for"
-                " 'trailing'"
-            )
+        if doubt := schedule.doubt(steps):
+            _tell(self.model, logging.WARNING, doubt)
+        if ensemble_size == 2:
+            notice = "an ensemble of 2 is hardly better than 1, its median is the smaller: take 3"
             _tell(self.model, logging.WARNING, notice)
 
     def _tell_of_other_shapes(self, size: tuple[int, int], inner: tuple[int, int]) -> None:

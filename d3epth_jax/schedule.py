@@ -129,6 +129,16 @@ class NoiseSchedule:
             )
         return steps.astype(np.int64)
 
+    def doubt(self, num_inference_steps: int) -> str:
+        """What speaks against one step of this schedule, in words; "" where nothing does."""
+        last = self.num_train_timesteps - 1
+        if num_inference_steps != 1 or (start := self.timesteps(1)[0]) >= last / 2:
+            return ""
+        return (
+            f"the one step is at timestep {start} of 0..{last}, where there is hardly any noise"
+            f" (timestep_spacing {self.timestep_spacing!r}): such models are made for 'trailing'"
+        )
+
     def z0(self, model_output: Latent, z_t: Latent, timestep: Timestep) -> Latent:
         """The clean latent that `model_output` stands for, float32, unclipped: what training uses.
 

@@ -20,7 +20,16 @@ import jax
 import numpy as np
 import optax
 
-from d3epth_jax import from_config, gallery, hosts, runs, sharding, steps, training_data
+from d3epth_jax import (
+    check_config,
+    from_config,
+    gallery,
+    hosts,
+    runs,
+    sharding,
+    steps,
+    training_data,
+)
 from d3epth_jax import image as image_lib
 from d3epth_jax.checkpoint import Checkpoints, abstract
 from d3epth_jax.evaluate import model_predictor, protocol_of
@@ -49,7 +58,7 @@ def run(config, workdir: pathlib.Path) -> pathlib.Path:
     checkpoint, as KeyboardInterrupt.
     """
     output = workdir / "model"
-    from_config.check(config)
+    check_config.check(config)
     if (
         config.get("init_config")
         and pathlib.Path(config.init).parent.resolve() == workdir.resolve()
@@ -399,15 +408,23 @@ class OneProgramPerShape:
 
 
 class Profile(contextlib.ExitStack):
-    """A JAX profile of `count` steps from step `first` on; none where `count` is 0."""
+    """A JAX profile of `count` steps from step `first` >= 1 on; none where `count` is 0.
+
+    A run that goes on after `first` makes none, and says so; one that ends early keeps what it has.
+    """
 
     def __init__(self, directory: pathlib.Path, first: int, count: int):
         super().__init__()
         self._directory, self._first, self._end = directory, first, first + count
+        self._begun = False
 
     def at(self, step: int) -> None:
         if step == self._first < self._end:
+            self._begun = True
             self.enter_context(jax.profiler.trace(str(self._directory)))
         elif step == self._end > self._first:
             self.close()
-            log.info("profile of steps %d to %d in %s", self._first, step - 1, self._directory)
+            if self._begun:
+                log.info("profile of steps %d to %d in %s", self._first, step - 1, self._directory)
+            else:
+                log.warning("no profile: this run began after step %d", self._first)

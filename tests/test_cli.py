@@ -418,7 +418,7 @@ def test_interrupted_keeps_what_is_done(fake, tmp_path, capsys):
         (["--processing-resolution", "-1"], "must be at least 0, not -1"),
         (["--steps", "many"], "invalid integer value: 'many'"),
         (["--seed", "9" * 23], "must be in 0..4294967295, not 999"),
-        (["--uncertainty"], "set --ensemble-size to 2 or more"),
+        (["--uncertainty"], "set --ensemble-size to 3 or more"),
         (["--color-map", "jet"], "choose from"),
     ],
 )

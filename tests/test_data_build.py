@@ -337,7 +337,8 @@ def test_depth_that_is_marked_as_known_must_be_depth(tmp_path):
 )
 def test_senseless_arguments_are_refused(pairs, tmp_path, settings):
     with pytest.raises(
-        ValueError, match=r"lower case|must be 'center'|from 1 to the number of samples 7"
+        ValueError,
+        match=r"lower case|crop must be one|from 1 to the number of samples 7",
     ):
         make(pairs, tmp_path, **settings)
 

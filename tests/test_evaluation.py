@@ -11,7 +11,7 @@ import pytest
 
 from d3epth_jax import baselines, image
 from d3epth_jax.data.sources.folder import folder
-from d3epth_jax.evaluation import Predictor, batch_size_for, evaluate
+from d3epth_jax.evaluation import Predictor, batch_size_for, evaluate, score
 from d3epth_jax.protocols import PROTOCOLS, make_protocol
 from d3epth_jax.tables import format_table
 from tests import metrics_oracle
@@ -39,6 +39,15 @@ class Samples:
             return function(self.data["depth"][which])
 
         return predict
+
+
+def test_a_picture_without_ground_truth_is_neither_upright_nor_inverted():
+    truth = np.linspace(1, 2, 12).reshape(3, 4, 1).astype(np.float32)
+    sample, nothing = {"depth": truth}, np.zeros((3, 4, 1), bool)
+    scores, _ = score(-truth, sample, nothing, "depth", make_protocol("default"))
+    assert np.isnan([*scores.values()]).all(), scores
+    scores, _ = score(-truth, sample, ~nothing, "depth", make_protocol("default"))
+    assert scores["negative_scale"] == 1
 
 
 @pytest.mark.parametrize("batch_size", [1, 3, 16])
@@ -382,8 +391,8 @@ def test_ramp_and_constant_on_the_real_pictures_score_as_published(shared):
     }
     assert results.groups == sorted(expected)
     for group, scores in expected.items():
-        for name, score in zip(predictors, scores, strict=True):
-            assert abs(results.mean(name, group=group) - score) < 6e-4, (group, name)
+        for name, expected_score in zip(predictors, scores, strict=True):
+            assert abs(results.mean(name, group=group) - expected_score) < 6e-4, (group, name)
     assert abs(results.mean_over_groups("ramp") - 0.270) < 6e-4
     assert abs(results.mean_over_groups("constant") - 0.432) < 6e-4
 

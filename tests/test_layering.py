@@ -19,9 +19,9 @@ LAYERS = [
     "models",
     "weights data optim sharding hosts compilation_cache train_state checkpoint metric_writer",
     "inference stages steps",
-    "from_config training_data runs train cache evaluate evaluation pipeline gallery progress"
-    " baselines macs bench.predict bench.train bench.worker bench.report bench.compare_diffusers"
-    " ablation ablation_report",
+    "from_config check_config training_data runs train cache evaluate evaluation pipeline gallery"
+    " progress baselines macs bench.predict bench.train bench.worker bench.report"
+    " bench.compare_diffusers ablation ablation_report",
     "main config_arguments cli argument_types bench data_cli __main__",
 ]
 

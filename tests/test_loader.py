@@ -87,6 +87,21 @@ def test_fit_to_without_scaling_is_a_crop():
         fit_to(sample, np.random.default_rng(0), size=(4, 4), crop="left")
 
 
+def test_stretched_is_the_whole_picture():
+    value = np.repeat(np.repeat(np.arange(1, 7).reshape(2, 3, 1), 4, axis=0), 2, axis=1)
+    sample = {
+        "image": np.repeat(10 * value, 3, axis=-1).astype(np.uint8),  # [8,6,3]: 2x3 flat fields
+        "depth": value.astype(np.float32),
+        "mask": value != 6,
+    }
+    result = fit_to(sample, np.random.default_rng(0), size=(4, 12), crop="stretch")
+    fields = np.repeat(np.repeat(value[::4, ::2], 2, axis=0), 4, axis=1)
+    np.testing.assert_array_equal(result["depth"], fields)
+    np.testing.assert_array_equal(result["mask"], fields != 6)
+    middles = result["image"][:, 1::4, :1]  # away from where two fields are blended
+    np.testing.assert_allclose(middles[[0, -1]], 10 * fields[[0, -1], 1::4], atol=2)
+
+
 def test_standard_transforms_pass_their_options_on():
     sample, rng = Numbered(1)[0], np.random.default_rng(0)
     fit, flip = standard_transforms([12, 9], flip=1.0, crop="center")

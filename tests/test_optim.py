@@ -67,6 +67,18 @@ def test_moments_in_bfloat16_take_half_and_train_as_well():
     assert ends[1] < 1.1 * ends[0]
 
 
+@pytest.mark.parametrize("clip", [0.0, 1e9])
+def test_gradients_are_not_clipped_where_none_is_asked_for(clip):
+    params, grads = {"kernel": jnp.ones((2, 2))}, {"kernel": jnp.full((2, 2), 100.0)}
+    tx = optim.make_optimizer(optax.constant_schedule(0.1), clip=clip, weight_decay=0.0)
+    small = optim.make_optimizer(optax.constant_schedule(0.1), clip=1.0, weight_decay=0.0)
+    state = tx.init(params)
+    moments = optax.tree.get(tx.update(grads, state, params)[1], "mu")["kernel"]
+    np.testing.assert_allclose(moments, 10.0, rtol=1e-6)
+    clipped = optax.tree.get(small.update(grads, small.init(params), params)[1], "mu")["kernel"]
+    np.testing.assert_allclose(np.linalg.norm(clipped), 0.1, rtol=1e-6)
+
+
 def test_another_type_of_moments_is_refused():
     with pytest.raises(ValueError, match=r"optim.moments 'int8'.*float32.*bfloat16"):
         optim.make_optimizer(optax.constant_schedule(1e-2), moments="int8")

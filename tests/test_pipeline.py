@@ -224,7 +224,7 @@ def schedule_of(**changes):
         ({}, {"ensemble_size": 0}, "ensemble_size must be at least 1, not 0"),
         ({}, {"ensemble_size": 2}, "all members of an ensemble would be equal"),
         ({"denoising_steps": 4, "starts_at_zero": True}, {"ensemble_size": 2}, "would be equal"),
-        ({"denoising_steps": 4}, {"output_uncertainty": True}, "set ensemble_size to 2 or more"),
+        ({"denoising_steps": 4}, {"output_uncertainty": True}, "set ensemble_size to 3 or more"),
         ({"schedule": {"prediction_type": "epsilon"}}, {}, "epsilon model has no z0 at timestep"),
         (
             {"schedule": {"prediction_type": "epsilon", "timestep_spacing": "leading"}},
@@ -284,6 +284,8 @@ def test_what_is_unusual_is_told_once(caplog):
     ]
     four = pipe_of("four steps", denoising_steps=4)
     assert told(caplog, four) == told(caplog, four, key=jax.random.key(0)) == []
+    ((level, message),) = told(caplog, four, ensemble_size=2)
+    assert level == "WARNING" and "hardly better than 1" in message
     latents = np.zeros((1, 4, 4, 4))
     assert told(caplog, four, latents=latents) == []
     ((level, message),) = told(caplog, four, latents=latents, key=jax.random.key(0))

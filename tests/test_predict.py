@@ -152,7 +152,7 @@ def test_a_file_in_the_way_of_the_results_is_named(tmp_path, capsys, monkeypatch
 
 def test_the_uncertainty_of_a_former_map_goes_with_it(tmp_path, monkeypatch):
     monkeypatch.setattr("d3epth_jax.pipeline.DepthPipeline", FakePipeline)
-    out, more = tmp_path / "out", ("--ensemble-size", 2, "--uncertainty")
+    out, more = tmp_path / "out", ("--ensemble-size", 3, "--uncertainty")
     for name in "ab":
         predict(write(tmp_path / f"{name}.png"), *more, out=out)
     predict(tmp_path / "a.png", out=out)

@@ -8,7 +8,7 @@ import pytest
 
 from configs import cache, common, d2, quickstart, stage1, stage2
 from configs.nano import train as nano
-from d3epth_jax import cli, data, from_config, sharding, train, training_data
+from d3epth_jax import check_config, cli, data, sharding, train, training_data
 from d3epth_jax.data.sources.files import SourceError
 from tests.conftest import write_pairs
 from tests.test_train import on_pairs
@@ -35,7 +35,7 @@ def mixture(roots):
 
 def test_a_mix_trains_on_each_source_in_its_own_way(roots):
     config = mixture(roots)
-    from_config.check(config)
+    check_config.check(config)
     sources, validation = training_data.make_sources(config)
     assert list(sources) == ["main", "streets"] and len(validation) == 2
     batches = training_data.make_batches(config, sharding.make_mesh(), sources)
@@ -84,7 +84,7 @@ def test_settings_that_make_no_sense_are_told_at_once(roots):
     config.data.also["a/b"] = common.other(0.1, common.procedural(1, 10), 16, 16)
     config.data.also.main = common.other(0.1, common.folder("DIR"), 16, 16)
     with pytest.raises(ValueError) as error:
-        from_config.check(config)
+        check_config.check(config)
     for words in (
         "unknown data.crop 'left'",
         "data.flip is a probability, not 2.0",
@@ -192,7 +192,7 @@ def test_what_rendered_scenes_have_no_use_for_is_refused():
     config.data.update(flip=1.0, crop="kitti", max_depth=1.0)
     config.data.filter.min_range = 99.0
     with pytest.raises(ValueError) as error:
-        from_config.check(config)
+        check_config.check(config)
     for key in ("flip=1.0", "crop=kitti", "max_depth=1.0", "filter.min_range=99.0"):
         assert f"data.{key} does nothing to rendered scenes" in str(error.value), key
 

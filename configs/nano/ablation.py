@@ -149,7 +149,7 @@ def full_arms(config: ConfigDict, tiny: bool) -> dict[str, ConfigDict]:
         job = train(config, nano.teacher(tiny), "full")
         job.init = config.get_ref("teacher")
         job.schedule.learning_rate = 3e-5  # it is trained already: more undoes what it knows
-        job.optim.clip = 1e6
+        job.optim.clip = 0
         job.loss.beta.update(edge=edge, range=0.0)
         job.loss.options.upright = False
         job.weighting.name = weighting
@@ -190,7 +190,7 @@ def refined_arms(config: ConfigDict, tiny: bool) -> dict[str, ConfigDict]:
         job = train(config, nano.stage2(tiny), "refined")
         job.init = "nano"
         nano.resize(job, *nano.LARGER)  # the shipped models' size
-        job.optim.clip = 1e6
+        job.optim.clip = 0
         job.loss.beta.edge, job.weighting.name = edge, weighting
         job.weighting.dwa.window = WINDOW
         return job

@@ -33,7 +33,7 @@ from d3epth_jax import atomic
 from d3epth_jax.data import manifest
 from d3epth_jax.data.filters import rejection
 from d3epth_jax.data.sources.files import Sample, SourceError
-from d3epth_jax.data.transforms import fit_to
+from d3epth_jax.data.transforms import CROPS, fit_to
 
 VERSION = "1.0.0"
 SHARD_SAMPLES = 256  # what a kill costs at most, for each worker
@@ -50,7 +50,7 @@ class Job:
       folder: of the set that is written.
       dataset, split, shards: name, split and number of shards.
       size: (H, W) all samples are scaled and cropped to, as in training; None: as they are.
-      crop: "center" or "kitti", of `transforms.fit_to`.
+      crop: "center", "kitti" or "stretch", of `transforms.fit_to`.
       filters: arguments of `filters.rejection`.
       skip: whether unreadable samples are left out; else their shard stays unwritten.
     """
@@ -99,8 +99,9 @@ def build(
     for what, name in (("dataset", dataset), ("split", split)):
         if not re.fullmatch(r"[a-z][a-z0-9_]*", name):
             raise ValueError(f"{what} {name!r}: TFDS takes lower case, digits and _ only")
-    if crop not in ("center", "kitti"):  # a random one would be cut once for ever
-        raise ValueError(f"crop must be 'center' or 'kitti', got {crop!r}")
+    fixed = [name for name in CROPS if name != "random"]  # it would be cut once for ever
+    if crop not in fixed:
+        raise ValueError(f"crop must be one of {fixed}, got {crop!r}")
     if on_error not in ("raise", "skip"):
         raise ValueError(f"on_error must be 'raise' or 'skip', got {on_error!r}")
     total = len(source)

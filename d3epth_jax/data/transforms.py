@@ -14,7 +14,7 @@ from d3epth_jax.image import resize, resize_nearest_exact
 
 Sample = dict[str, np.ndarray]
 
-CROPS = ("random", "center", "kitti")
+CROPS = ("random", "center", "kitti", "stretch")
 
 
 def empty_rejected(sample: Sample, rng: np.random.Generator, **limits) -> Sample:
@@ -42,6 +42,8 @@ def fit_to(
 
     crop: "random", "center", or "kitti": KITTI's benchmark crop, the bottom rows and the middle
     columns of the picture as it is, nothing scaled; ValueError for a picture smaller than that.
+    Or "stretch": all of the picture, whatever its shape, as a model sees it that predicts at one
+    shape alone (its `processing_aspect`).
 
     The image is bilinear with antialiasing, rounded to uint8; depth and mask are nearest-exact,
     never bilinear: a mean across an edge is a depth that is nowhere (METHOD 2). Nearest also drops
@@ -59,7 +61,7 @@ def fit_to(
         )
     # The epsilon keeps an exact fit exact: 3 * (64 / 3) may come out just above 64.
     covering = tuple(
-        max(wanted, math.ceil(side * scale - 1e-6))
+        wanted if crop == "stretch" else max(wanted, math.ceil(side * scale - 1e-6))
         for side, wanted in zip((height, width), size, strict=True)
     )
     spare = covering[0] - size[0], covering[1] - size[1]

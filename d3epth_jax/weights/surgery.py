@@ -13,6 +13,8 @@ from d3epth_jax.models.presets import SINGLE_STEP
 from d3epth_jax.typing import Params
 from d3epth_jax.weights import keys
 
+BIASES = ("keep", "halve")  # of a widened conv_in
+
 
 def widen_conv_in(
     unet_params: Mapping[str, Any], *, bias: Literal["keep", "halve"]
@@ -23,7 +25,7 @@ def widen_conv_in(
     Ke et al. 2024) or halved (E2E-FT, Garcia et al. 2025). Returns a new tree; other leaves are
     shared.
     """
-    if bias not in ("keep", "halve"):
+    if bias not in BIASES:
         raise ValueError(f"bias = {bias!r}; choose 'keep' (Marigold) or 'halve' (E2E-FT)")
     conv_in = unet_params["conv_in"]
     kernel = np.asarray(conv_in["kernel"])  # [3, 3, in, out]

@@ -1,0 +1,112 @@
+"""Settings: what is wrong with them is told at once, and what they say is what is trained."""
+
+import dataclasses
+import logging
+
+import pytest
+
+from configs import quickstart, stage2
+from configs.nano import train as nano
+from d3epth_jax import check_config, from_config, train
+from d3epth_jax.models.depth_model import init_params
+from d3epth_jax.weights import hub
+from tests.conftest import small_model
+
+NONE = {f"loss.beta.{term}": 0.0 for term in nano.stage2().loss.beta}
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"stage": "pixels"}, "unknown stage 'pixels'"),
+        ({"seed": -1}, "config.seed is at least 0, not -1"),
+        ({"train.accumulate": 0}, "train.accumulate is at least 1, not 0"),
+        ({"train.keep_checkpoints": 0}, "train.keep_checkpoints is at least 1, not 0"),
+        ({"train.profile": (0, 3)}, r"train.profile=\(0, 3\) begins before step 1"),
+        ({"teacher.steps": -1}, "teacher.steps is at least 0, not -1"),
+        ({"optim.clip": -1.0}, "optim.clip is at least 0, not -1.0"),
+        ({"model.dtype": "bf16"}, "unknown model.dtype 'bf16'.*float32.*bfloat16"),
+        ({"model.preset": "d4", "init": ""}, "unknown model preset 'd4'"),
+        ({"model.encoder": "techer", "init": ""}, "unknown model.encoder 'techer'"),
+        ({"model.prediction_type": "disp"}, "unknown model.prediction_type 'disp'"),
+        ({"model.processing_resolution": -1}, "model.processing_resolution is at least 0, not -1"),
+        ({"conv_in_bias": "half"}, "unknown conv_in_bias 'half'"),
+        ({"weighting.name": "gradnorm"}, "unknown weighting 'gradnorm'"),
+        ({"schedule.schedule": "linear"}, "unknown schedule 'linear'"),
+        ({"loss.preset": "e2e"}, "unknown loss.preset 'e2e'"),
+        ({"loss.options.penalty": "l2"}, "unknown penalty 'l2'"),
+        ({"loss.options.tau": 0.0}, "tau must be positive"),
+        ({"loss.beta.edge": -0.5}, "loss.beta.edge is at least 0, not -0.5"),
+        (NONE, "no loss has a weight"),
+    ],
+)
+def test_a_wrong_setting_is_named(change, message):
+    config = nano.stage2(tiny=True)
+    check_config.check(config)
+    config.update_from_flattened_dict(change)
+    with pytest.raises(ValueError, match=message):
+        check_config.check(config)
+
+
+def test_all_wrong_settings_are_told_before_anything_is_trained(tmp_path):
+    config = stage2.get_config("tiny")
+    config.weighting.name = "dwaa"
+    config.schedule.schedule = "linear"
+    config.init_config.schedule.schedule = "quadratic"
+    with pytest.raises(ValueError) as error:
+        train.run(config, tmp_path / "run")
+    for word in ("unknown weighting 'dwaa'", "schedule 'linear'", "schedule 'quadratic'"):
+        assert word in str(error.value)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_model_that_goes_on_at_one_shape_has_that_one(tmp_path):
+    model = small_model(processing_resolution=48, processing_aspect=1.5)
+    hub.save_model(tmp_path / "model", model, init_params(model, 0))
+    config = nano.stage2(tiny=True)
+    config.init = str(tmp_path / "model")
+    nano.resize(config, 32, 64)
+    went_on = from_config.make_student(config, from_config.Start()).model
+    assert (went_on.processing_resolution, went_on.processing_aspect) == (64, 2.0)
+    config.model.processing_aspect = None  # any shape: as it was
+    went_on = from_config.make_student(config, from_config.Start()).model
+    assert (went_on.processing_resolution, went_on.processing_aspect) == (48, 1.5)
+
+
+def test_a_start_is_trained_in_the_space_that_is_asked_for(tmp_path, caplog):
+    model = small_model(prediction_type="depth")
+    hub.save_model(tmp_path / "model", model, init_params(model, 0))
+    config = stage2.get_config()
+    config.init = str(tmp_path / "model")
+
+    def predicts():
+        return from_config.make_student(config, from_config.Start()).model.prediction_type
+
+    assert predicts() == "depth" and "from here on" not in caplog.text
+    config.model.prediction_type = "sqrt_disparity"  # METHOD 2
+    assert predicts() == "sqrt_disparity"
+    assert "predicts depth: it is trained to predict sqrt_disparity" in caplog.text
+
+
+def test_a_student_of_a_preset_predicts_in_its_teacher_s_space():
+    config = quickstart.stage1()
+    config.model.prediction_type = None
+    teacher = small_model(prediction_type="disparity")
+    config.model.encoder = config.model.decoder = "own"
+    start = from_config.Start(teacher, init_params(teacher, 0))
+    assert from_config.make_student(config, start).model.prediction_type == "disparity"
+    assert from_config.make_student(config, from_config.Start()).model.prediction_type == "depth"
+
+
+def test_a_teacher_whose_one_step_has_hardly_any_noise_is_told_of(tmp_path, caplog):
+    config = quickstart.stage1()
+    model = small_model(denoising_steps=1)
+    for spacing, told in (("leading", True), ("trailing", False)):
+        schedule = dataclasses.replace(model.schedule, timestep_spacing=spacing)
+        changed = dataclasses.replace(model, schedule=schedule)
+        hub.save_model(tmp_path / spacing, changed, init_params(model, 0))
+        config.teacher.path = str(tmp_path / spacing)
+        caplog.clear()
+        with caplog.at_level(logging.WARNING):
+            from_config.read_teacher(config)
+        assert ("hardly any noise" in caplog.text) is told
