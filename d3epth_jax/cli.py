@@ -317,11 +317,13 @@ def _load_predictor(args: argparse.Namespace):
     """
     import jax
 
+    from d3epth_jax import sharding
     from d3epth_jax.compilation_cache import use_compilation_cache
     from d3epth_jax.pipeline import DepthPipeline
     from d3epth_jax.weights.download import BUNDLED
 
     use_compilation_cache()
+    sharding.require_devices()
     model = args.model or BUNDLED["nano"]  # not by name: a folder may be called so
     pipe = DepthPipeline.from_pretrained(model, dtype=args.dtype, **_where(args))
     settings = {

@@ -45,6 +45,7 @@ def main(argv: list[str]) -> None:
     if DISTRIBUTED.value:
         hosts.join(DISTRIBUTED.value)
         log.setLevel(logging.INFO if hosts.is_first() else logging.WARNING)
+    sharding.require_devices()
     jobs = {name: config[name] for name in config.jobs} if "jobs" in config else {"": config}
     began = time.monotonic()
     filled = {name: fill_in(job, workdir) for name, job in jobs.items()}

@@ -28,6 +28,18 @@ def use_cpu_cores(count: int) -> None:
     jax.config.update("jax_num_cpu_devices", count)
 
 
+def require_devices() -> None:
+    """Raises ValueError, in words, where JAX cannot use the devices that it is to use."""
+    try:
+        jax.devices()
+    except (AssertionError, RuntimeError) as error:  # of a plugin that is absent it says nothing
+        asked = os.environ.get("JAX_PLATFORMS", "")
+        raise ValueError(
+            f"JAX has no device{f' for JAX_PLATFORMS={asked}' if asked else ''}: install '.[cuda]'"
+            f" or '.[tpu]', or unset JAX_PLATFORMS. {error}".strip()
+        ) from error
+
+
 def make_mesh(fsdp: int = 1, devices=None) -> Mesh:
     """All devices as ("data", "fsdp"); `fsdp` devices share one copy of the parameters."""
     devices = jax.devices() if devices is None else devices

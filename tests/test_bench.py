@@ -2,10 +2,13 @@
 
 import importlib.util
 import json
+import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -336,3 +339,46 @@ def test_broken_files_are_told_not_raised(measured, tmp_path, capsys):
     assert error.value.code == 2
     assert "bench.json cannot be read" in told
     assert "model is not a whole model" in told and "unet/config.json" in told
+
+
+def test_options_that_would_do_nothing_are_refused(capsys):
+    training = ["--micro", "4", "--no-remat", "--train-size", "64x64", "--train-batch", "8"]
+    for given, named in (
+        (training, ["--train-size", "--train-batch", "--micro", "--no-remat"]),
+        (["--what", "pieces", "--dtype", "bfloat16", "--batch", "4", "--fold", "no"],
+         ["--dtype", "--batch", "--fold"]),
+        (["--what", "stage2", "--size", "64x64"], ["--size"]),
+    ):  # fmt: skip
+        with pytest.raises(SystemExit) as error:
+            cli.main(["bench", "d3_fast", *given])
+        told = capsys.readouterr().err
+        assert error.value.code == 2
+        assert [line.split()[0] for line in told.splitlines() if "does nothing" in line] == named
+
+
+def test_results_that_cannot_be_saved_are_shown(measured, tmp_path, monkeypatch, capsys):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(bench_cli, "_write", full)
+    assert cli.main(["bench", "d3_fast", "d3_tiny", "--out", str(tmp_path)]) == 1
+    told = capsys.readouterr()
+    assert told.err.count("cannot be saved: [Errno 28] No space left on device") == 2
+    assert "| d3_fast" in told.out and "| d3_tiny" in told.out
+
+
+def test_a_folder_that_cannot_be_made_is_told_before_anything_is_measured(measured, capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["bench", "d3_fast", "--out", "/proc/nowhere"])
+    assert "--out /proc/nowhere cannot be" in capsys.readouterr().err
+
+
+def test_asked_to_end_it_ends_as_by_ctrl_c(measured, monkeypatch):
+    def ends(*_):
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(60)  # never so long: the signal comes at once
+
+    before = signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr(bench_measure, "measured", ends)
+    assert cli.main(["bench", "d3_fast"]) == 130
+    assert signal.getsignal(signal.SIGTERM) is before

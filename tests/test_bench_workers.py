@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 
 from configs import d2, stage1, stage2
-from d3epth_jax import from_config, macs
+from d3epth_jax import from_config, macs, sharding
 from d3epth_jax.bench import predict as bench
 from d3epth_jax.bench import train as bench_train
+from d3epth_jax.bench.worker import Worker, WorkerError
 from d3epth_jax.models import presets
 from d3epth_jax.models.config import AutoencoderKLConfig
 from d3epth_jax.models.depth_model import DepthModel, init_params
@@ -139,3 +140,19 @@ def test_training_is_counted_as_it_computes(small_presets):
     assert counted["encoder"] == whole["encoder"].dense
     once = bench_train._forward(*fold.fold(model, params), (32, 48))  # what is folded already
     assert once["unet"] < counted["unet"]
+
+
+def test_a_device_that_jax_cannot_use_is_told_in_words(monkeypatch):
+    with (
+        Worker("d3epth_jax.bench.predict", {"JAX_PLATFORMS": "abacus"}) as worker,
+        pytest.raises(WorkerError, match="no device for JAX_PLATFORMS=abacus: install"),
+    ):
+        worker.ask("device")
+
+    def devices():  # as JAX does without the plugin for cuda
+        raise AssertionError
+
+    monkeypatch.setattr(jax, "devices", devices)
+    monkeypatch.setenv("JAX_PLATFORMS", "cuda")
+    with pytest.raises(ValueError, match=r"for JAX_PLATFORMS=cuda: install .*or unset"):
+        sharding.require_devices()

@@ -47,6 +47,7 @@ def test_numbers_do_not_depend_on_the_form_that_a_device_computes_fast(monkeypat
     model, params = small_model(), abstract_params(small_model())
     once = macs.of_model(model, params, (96, 128), batch=2)
     monkeypatch.setitem(attention.MAX_LOGITS, "cpu", 1000)
+    monkeypatch.setattr(attention, "MIN_QUERIES", 1)
     monkeypatch.setattr(convolution, "PATCHES_MIN_CHANNELS", 1)
     limits = dict(attention.MAX_LOGITS)
     assert macs.of_model(model, params, (96, 128), batch=2) == once

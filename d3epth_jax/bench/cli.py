@@ -9,6 +9,7 @@ import collections
 import datetime
 import json
 import pathlib
+import signal
 import subprocess
 import sys
 
@@ -19,9 +20,17 @@ from d3epth_jax.bench.plan import WHAT, plan
 OK, SOME_FAILED, UNUSABLE, INTERRUPTED = 0, 1, 2, 130
 
 # What is measured where nothing else is said.
-ALL = {"what": WHAT, "dtype": "bfloat16", "batch": [1, 8], "fold": "both"}
-ALL |= {"out": pathlib.Path("bench")}
 USUAL = {"what": ["predict"], "dtype": "float32", "batch": [1], "fold": "yes", "out": None}
+USUAL |= {"size": "576x768", "train_size": "480x640", "train_batch": 32, "micro": 0}
+USUAL |= {"no_remat": False, "runs": 7, "ahead": 1}
+ALL = USUAL | {"what": WHAT, "dtype": "bfloat16", "batch": [1, 8], "fold": "both"}
+ALL |= {"out": pathlib.Path("bench")}
+
+# What an option is of; elsewhere it would do nothing.
+TIMED, TRAINED = {"predict", "stage1", "stage2"}, {"stage1", "stage2"}
+OF = dict.fromkeys(("train_size", "train_batch", "micro", "no_remat"), TRAINED)
+OF |= dict.fromkeys(("dtype", "runs", "ahead"), TIMED)
+OF |= {"size": {"predict", "pieces"}, "batch": {"predict"}, "fold": {"predict"}}
 RESULTS = "bench.json"
 
 
@@ -47,23 +56,23 @@ def add_bench(commands) -> None:
     add("--what", nargs="+", choices=WHAT,
         help="stage1 and stage2: a training step; pieces: MACs saved by each folding; default"
         " predict; --all: all four")  # fmt: skip
-    add("--size", default="576x768", metavar="HxW", help="of pictures to predict")
-    add("--train-size", default="480x640", metavar="HxW", help="of pictures to train on")
+    add("--size", metavar="HxW", help="of pictures to predict; default 576x768")
+    add("--train-size", metavar="HxW", help="of pictures to train on; default 480x640")
     add("--batch", nargs="+", type=int, metavar="N", help="pictures at a time; default 1")
-    add("--train-batch", type=int, default=32, metavar="N", help="pictures of an optimiser step")
-    add("--micro", type=int, default=0, metavar="N",
+    add("--train-batch", type=int, metavar="N", help="pictures of an optimiser step; default 32")
+    add("--micro", type=int, metavar="N",
         help="of these at a time; default: all, or a half, a quarter, ... what first fits into the"
         " memory JAX may take (XLA_PYTHON_CLIENT_MEM_FRACTION); on a CPU one")  # fmt: skip
     add("--dtype", choices=("float32", "bfloat16"), help="default float32; --all: bfloat16")
     add("--fold", choices=("yes", "no", "both"), help="default yes; --all: both")
-    add("--no-remat", action="store_true", help="training keeps all activations")
+    add("--no-remat", action="store_true", default=None, help="training keeps all activations")
     add(
         "--compare",
         choices=("diffusers",),
         help="the same weights through it, alternating; with --fold both beside the folded ones",
     )
-    add("--runs", type=int, default=7, metavar="N", help="the median of so many")
-    add("--ahead", type=int, default=1, metavar="N",
+    add("--runs", type=int, metavar="N", help="the median of so many; default 7")
+    add("--ahead", type=int, metavar="N",
         help="so many models, or training steps, are read and compiled together, models in the"
         " device's memory, before they are measured one by one: much faster where there are cores"
         " for it; the time of compiling is not shown then, and as XLA chooses kernels by timing"
@@ -75,13 +84,26 @@ def add_bench(commands) -> None:
 
 
 def bench(args: argparse.Namespace) -> int:
-    """`d3epth bench`: the exit code."""
+    """`d3epth bench`: the exit code. Asked to end (SIGTERM), it ends its processes too."""
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        return _bench(args)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _bench(args: argparse.Namespace) -> int:
     from d3epth_jax.bench.report import name
 
+    given = [key for key in OF if getattr(args, key) is not None]
     for key, value in (ALL if args.all else USUAL).items():
         if getattr(args, key) is None:
             setattr(args, key, value)
     problems, rows, failed = [], [], False
+    for key in given:
+        if not OF[key].intersection(args.what):
+            of = " or ".join(sorted(OF[key]))
+            problems.append(f"--{key.replace('_', '-')} does nothing without --what {of}")
     try:
         rows = _measured_before(args)
     except ValueError as error:
@@ -99,7 +121,7 @@ def bench(args: argparse.Namespace) -> int:
             todo.append((label, job))
     if rows:
         rows = _in_order(rows, jobs)
-        _save(args, rows)
+        failed |= not _save(args, rows)
     waves = collections.deque(measure.waves(todo, args.ahead))
     try:
         while waves:
@@ -109,7 +131,7 @@ def bench(args: argparse.Namespace) -> int:
                     measure.say(f"{label} ...")
                     now = measure.measured(job, args, *ready) | when()
                     rows = _in_order(_replaced(rows, job, now), jobs)
-                    _save(args, rows)
+                    failed |= not _save(args, rows)
                     if "error" in now and ready:  # alone it may find the memory
                         measure.say("    it is measured alone, after the others")
                         waves.append([(label, job)])
@@ -210,14 +232,22 @@ def _show(args: argparse.Namespace, rows: list[dict]) -> None:
         print(f"results are in {args.out}")
 
 
-def _save(args: argparse.Namespace, rows: list[dict]) -> None:
-    """All files anew after each measurement: whatever comes then, they are there."""
+def _save(args: argparse.Namespace, rows: list[dict]) -> bool:
+    """All files anew after each measurement; whether they could be written. If not it goes on."""
+    try:
+        if args.out is not None:
+            _write(args, rows)
+    except OSError as error:
+        measure.say(f"    what was measured cannot be saved: {error}")
+        return False
+    return True
+
+
+def _write(args: argparse.Namespace, rows: list[dict]) -> None:
     from d3epth_jax import atomic
     from d3epth_jax.bench import report
     from d3epth_jax.bench.worker import machine
 
-    if args.out is None:
-        return
     content = {"machine": machine(), "rows": rows}
     text = report.document(**content)
     for name, data in ((RESULTS, json.dumps(content, indent=1)), ("bench.md", text)):

@@ -4,6 +4,7 @@ The one module that imports torch and diffusers, in a process of its own (worker
 of the package imports it. Its requests are those of predict.py.
 """
 
+import gc
 import json
 import pathlib
 import time
@@ -47,11 +48,13 @@ class Theirs:
         parts = (self.pipe.unet, self.pipe.vae)
         if variant != "eager":
             for part in parts:
-                part.to(memory_format=torch.channels_last)
+                part.to(memory_format=torch.channels_last)  # copies: nothing holds what they are of
         if variant == "compiled":
             self.pipe.unet.compile()
             for part in (self.pipe.vae.encoder, self.pipe.vae.decoder):
                 part.compile()
+        gc.collect()
+        memory.give_back()
         memory.forget_peak()
         if DEVICE == "cuda":
             torch.cuda.reset_peak_memory_stats()
@@ -120,9 +123,14 @@ class Theirs:
 
 
 def read(directory: pathlib.Path, dtype: torch.dtype) -> diffusers.MarigoldDepthPipeline:
-    """A model directory, with its own text encoder or the embedding that stands for it."""
+    """A model directory, with its own text encoder or the embedding that stands for it.
+
+    Not mapped from the disk: of what is copied afterwards a mapped original stays in memory.
+    """
     if (directory / "text_encoder").is_dir():
-        return diffusers.MarigoldDepthPipeline.from_pretrained(directory, torch_dtype=dtype)
+        return diffusers.MarigoldDepthPipeline.from_pretrained(
+            directory, torch_dtype=dtype, disable_mmap=True
+        )
     index = json.loads((directory / "model_index.json").read_text())
     vae = getattr(diffusers, index["vae"][1])
     networks = {
@@ -131,7 +139,7 @@ def read(directory: pathlib.Path, dtype: torch.dtype) -> diffusers.MarigoldDepth
     }
     pipe = diffusers.MarigoldDepthPipeline(
         **{
-            name: kind.from_pretrained(directory / folder, torch_dtype=dtype)
+            name: kind.from_pretrained(directory / folder, torch_dtype=dtype, disable_mmap=True)
             for name, (kind, folder) in networks.items()
         },
         scheduler=diffusers.DDIMScheduler.from_pretrained(directory / "scheduler"),

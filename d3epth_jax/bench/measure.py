@@ -270,6 +270,8 @@ def _pieces(job: dict, args: argparse.Namespace) -> dict:
 def _worker(stack: contextlib.ExitStack, module: str, env: dict):
     from d3epth_jax.bench.worker import Worker
 
+    # A program read from a cache would tell nothing of compiling it.
+    env = {"JAX_ENABLE_COMPILATION_CACHE": "false", **env}
     return stack.enter_context(Worker(f"d3epth_jax.bench.{module}", env))
 
 

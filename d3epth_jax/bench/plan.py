@@ -7,6 +7,7 @@ import json
 import os
 import pathlib
 import re
+import tempfile
 from collections.abc import Sequence
 
 WHAT = ["predict", "stage2", "stage1", "pieces"]
@@ -72,6 +73,13 @@ def plan(args: argparse.Namespace, problems: Sequence[str] = ()) -> list[dict]:
         there = next(path for path in (args.out, *args.out.parents) if os.path.lexists(path))
         if not (os.path.isdir(there) and os.access(there, os.W_OK)):
             problems.append(f"--out {args.out} cannot be made: {there} cannot be written to")
+    if args.out is not None and not problems:
+        try:
+            args.out.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=args.out):
+                pass
+        except OSError as error:
+            problems.append(f"--out {args.out} cannot be written to: {error}")
     if problems:
         args.fail("\n  ".join(["cannot measure:", *problems]))
 

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from d3epth_jax import macs, memory
+from d3epth_jax import macs, memory, sharding
 from d3epth_jax.bench.worker import random_picture, serve
 from d3epth_jax.models import presets
 from d3epth_jax.models.depth_model import DepthModel, count_params, init_params
@@ -60,6 +60,7 @@ class Ours:
 
     def open(self, model: str, size, batch: int, dtype: str, folded: bool, save: str = "") -> dict:
         """Reads the model, and saves it for others to read."""
+        sharding.require_devices()
         self.size, self.batch, self._programs = tuple(size), batch, {}
         described, params = read(model, dtype)
         if save:
@@ -131,6 +132,7 @@ class Ours:
 
 
 def device() -> dict:
+    sharding.require_devices()
     found = jax.devices()[0]
     return {"device": found.device_kind, "platform": found.platform, "jax": jax.__version__}
 

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from d3epth_jax import macs, memory, optim, steps, weighting
+from d3epth_jax import macs, memory, optim, sharding, steps, weighting
 from d3epth_jax.bench.predict import device, matmul_peak, most_memory, read
 from d3epth_jax.bench.worker import serve
 from d3epth_jax.models import presets
@@ -53,6 +53,7 @@ class Training:
             then, for it may fit alone; one planned beyond the limit would not.
           settings: `recipe`'s.
         """
+        sharding.require_devices()
         self.recipe, self.no_other = recipe(**settings), bool(micro) or shared
         memory.forget_peak()
         if micro:
@@ -70,8 +71,9 @@ class Training:
         state = jax.eval_shape(init_state, trainable)
         batch = jax.eval_shape(lambda: make_batch(micro * accumulate))
         step = jax.jit(make_step(accumulate), donate_argnums=0)
+        lowered = step.lower(state, frozen, batch)
         began = time.perf_counter()
-        self.program = step.lower(state, frozen, batch).compile()
+        self.program = lowered.compile()
         self.compile_s = time.perf_counter() - began
         stats = jax.devices()[0].memory_stats() or {}
         if (needed := planned(self.program)) > (limit := stats.get("bytes_limit", np.inf)):

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 
 # Logits that are held at a time: on a CPU about as many as its caches hold.
 MAX_LOGITS = {"cpu": 2**20, "accelerator": 2**27}
+MIN_QUERIES = 32  # but those of so many: all keys and values are read for each chunk
 FUSED_MIN_KEYS = 16  # a fused kernel's tile of 64 or 128 keys would be almost empty
 
 
@@ -19,10 +20,10 @@ def attention(
     """Attention, its softmax in float32: q [B, N, heads, D], k and v [B, M, heads, D] -> as q.
 
     mask: bool [N, M], False where a query must not look; every query sees something.
-    implementation: "chunked" holds at most `MAX_LOGITS` logits at a time, or those of one query,
-      "cudnn" is the fused kernel of an NVIDIA GPU, for 16-bit types and without a mask; None: cudnn
-      where it can be and there are keys enough, else chunked. That is also a
-      TPU's: the fused kernels that JAX has for one have not been tried here.
+    implementation: "chunked" holds at most `MAX_LOGITS` logits at a time, or those of `MIN_QUERIES`
+      queries, "cudnn" is the fused kernel of an NVIDIA GPU, for 16-bit types and without a mask;
+      None: cudnn where it can be and there are keys enough, else chunked. That is also a TPU's:
+      the fused kernels that JAX has for one have not been tried here.
 
     ValueError for another implementation, and for cudnn with a mask.
     """
@@ -53,7 +54,8 @@ def _device_has_cudnn_attention() -> bool:
 def _chunked(q, k, v, mask):
     batch, queries, heads, depth = q.shape
     limit = MAX_LOGITS["cpu" if jax.default_backend() == "cpu" else "accelerator"]
-    chunks = -(-queries // max(1, limit // (batch * heads * k.shape[1])))
+    at_once = max(MIN_QUERIES, limit // max(1, batch * heads * k.shape[1]))
+    chunks = -(-queries // at_once)
     # Arranged once, for all chunks: [B, heads, N, D], [B, heads, D, M], [B, heads, M, D].
     q = jnp.swapaxes(q, 1, 2) * depth**-0.5
     k, v = jnp.transpose(k, (0, 2, 3, 1)), jnp.swapaxes(v, 1, 2)
