@@ -6,6 +6,7 @@ import difflib
 import importlib.machinery
 import importlib.util
 import os
+import pathlib
 import re
 import sys
 import traceback
@@ -44,6 +45,7 @@ def _is_ours(error: Exception) -> bool:
 def parse(argv: Sequence[str]) -> list[str]:
     """absl's parsing of the flags (`app.run` calls it), with errors that say what to do."""
     with in_a_sentence():
+        _find_configs(argv)
         try:
             rest = flags.FLAGS(argv)
             flags.FLAGS.config.keys()  # raises what kept the file from being read
@@ -61,14 +63,26 @@ def parse(argv: Sequence[str]) -> list[str]:
             raise
 
 
+def _name_of_config(argv: Sequence[str]) -> str:
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--config", "-config")
+    return parser.parse_known_args(argv[1:])[0].config or ""
+
+
+def _find_configs(argv: Sequence[str]) -> None:
+    """Makes the files beside a config importable for it, wherever the command is given."""
+    folder = pathlib.Path(_name_of_config(argv).split(":", 1)[0]).resolve().parent
+    above = [place.parent for place in (folder, *folder.parents) if place.name == "configs"]
+    if above and importlib.util.find_spec("configs") is None:
+        sys.path.append(str(above[0]))
+
+
 def load_config(argv: Sequence[str]):
     """The config that --config names, as it is without other arguments.
 
     Raises what its file raises, FileNotFoundError if there is none, ValueError if none is named.
     """
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--config", "-config")
-    name = parser.parse_known_args(argv[1:])[0].config
+    name = _name_of_config(argv)
     if not name:
         raise ValueError("say what to run, such as --config=configs/quickstart.py")
     path, *word = name.split(":", 1)

@@ -1,6 +1,7 @@
 """The evaluation job: saved models, saved predictions and trivial predictors, in one table."""
 
 import logging
+import math
 import pathlib
 
 from d3epth_jax import baselines, data
@@ -47,8 +48,19 @@ def run(config, workdir: pathlib.Path) -> None:
         num_worst=config.eval.num_pictures,
         worst_of=next(iter(judged), list(predictors)[-1]),
     )
+    print(f"\n{results.table()}\n", flush=True)  # first: it may be that it cannot be saved
+    if all(math.isnan(results.mean(name)) for name in predictors):
+        raise ValueError(
+            "not one pixel of the ground truth counts in this protocol (above): is the source's"
+            " unit right, such as depth_scale? `d3epth data check` looks at it"
+        )
+    for name in judged:
+        if results.mean(name, "negative_scale") > 0.5:
+            log.warning(
+                "%s is upside down on most pictures (s<0): is its space right?%s",
+                *(name, f" (predictions.{name}.space)" if name in predictions else ""),
+            )
     results.save(workdir)
-    print(f"\n{results.table()}\n", flush=True)
     log.info("table, per-image scores and galleries: %s", workdir / "evaluation*.*")
 
 

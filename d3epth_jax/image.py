@@ -6,9 +6,10 @@ Arrays are [..., H, W, C]; leading axes are a batch.
 import contextlib
 import math
 import struct
+from collections.abc import Iterator
 
 import numpy as np
-from PIL import ExifTags, Image, UnidentifiedImageError
+from PIL import ExifTags, Image, PngImagePlugin, UnidentifiedImageError
 
 from d3epth_jax import atomic
 
@@ -19,6 +20,7 @@ COLOR_MAPS = {
     "OrRd": "fff7ec fee8c8 fdd49e fdbb84 fc8d59 ef6548 d7301f b30000 7f0000",
     "gray": "000000 ffffff",
 }
+SOFTWARE = "d3epth_jax"  # what PNG files say of who wrote them
 NEUTRAL = (128, 128, 128)  # no depth here; in none of the colour scales
 # What Pillow raises for a damaged file. RuntimeError is AVIF's; the second line is what comes of
 # tags with values of a wrong type or length.
@@ -242,14 +244,24 @@ def pad_to_multiple(array: np.ndarray, multiple: int = 8) -> tuple[np.ndarray, t
     return padded, (height, width)
 
 
-def _unit_range(prediction: np.ndarray, val_min: float, val_max: float) -> np.ndarray:
-    """[..., H, W, 1] to [..., H, W] with val_min..val_max mapped to 0..1 and clipped; NaN stays."""
+def _depth_values(prediction: np.ndarray, val_min: float, val_max: float) -> np.ndarray:
+    """All values of depth maps [..., H, W, 1] in a row; ValueError for other arrays or ranges."""
     prediction = np.asarray(prediction)
     if prediction.ndim < 3 or prediction.shape[-1] != 1:
         raise ValueError(f"expected a depth map [..., H, W, 1], got shape {prediction.shape}")
     if not val_max > val_min:
         raise ValueError(f"val_max must exceed val_min, got {val_min} and {val_max}")
-    return np.clip((prediction[..., 0].astype(np.float64) - val_min) / (val_max - val_min), 0, 1)
+    return prediction.reshape(-1)
+
+
+def _blocks(size: int, length: int = 2**20) -> Iterator[slice]:
+    """Of a picture of 48 megapixels float64 and its copies would take gigabytes at once."""
+    return (slice(first, first + length) for first in range(0, size, length))
+
+
+def _unit_range(values: np.ndarray, val_min: float, val_max: float) -> np.ndarray:
+    """val_min..val_max mapped to 0..1 and clipped, in float64; NaN stays."""
+    return np.clip((values.astype(np.float64) - val_min) / (val_max - val_min), 0, 1)
 
 
 def visualize_depth(
@@ -265,14 +277,16 @@ def visualize_depth(
     """
     if color_map not in COLOR_MAPS:
         raise ValueError(f"no colour map {color_map!r}; there are {', '.join(COLOR_MAPS)}")
-    values = _unit_range(prediction, val_min, val_max)
+    values = _depth_values(prediction, val_min, val_max)
     anchors = np.array([list(bytes.fromhex(color)) for color in COLOR_MAPS[color_map].split()])
     positions = np.linspace(0, 1, len(anchors))
-    colors = np.stack(
-        [np.interp(values, positions, anchors[:, channel]) for channel in range(3)], axis=-1
-    )
-    colors = np.where(np.isnan(values)[..., None], NEUTRAL, np.rint(colors))
-    return colors.astype(np.uint8)
+    colors = np.empty((values.size, 3), np.uint8)
+    for block in _blocks(values.size):
+        part = _unit_range(values[block], val_min, val_max)
+        for channel, neutral in enumerate(np.broadcast_to(NEUTRAL, 3)):
+            color = np.interp(part, positions, anchors[:, channel])
+            colors[block, channel] = np.where(np.isnan(part), neutral, np.rint(color))
+    return colors.reshape(*np.shape(prediction)[:-1], 3)
 
 
 def export_depth_to_16bit_png(
@@ -282,14 +296,18 @@ def export_depth_to_16bit_png(
 
     diffusers' convention, but rounded and clipped (it truncates, and wraps outside). NaN becomes 0.
     """
-    values = np.nan_to_num(_unit_range(prediction, val_min, val_max), nan=0.0)
-    return np.rint(values * 65535).astype(np.uint16)
+    values = _depth_values(prediction, val_min, val_max)
+    depth = np.empty(values.size, np.uint16)
+    for block in _blocks(values.size):
+        part = np.nan_to_num(_unit_range(values[block], val_min, val_max), nan=0.0)
+        depth[block] = np.rint(part * 65535)
+    return depth.reshape(np.shape(prediction)[:-1])
 
 
 def save_png(path, array: np.ndarray) -> None:
     """Write uint8 [H, W, 3], uint8 [H, W] or uint16 [H, W] as PNG; folders are made as needed.
 
-    Atomic (`atomic.replacing`): never half a file.
+    Atomic (`atomic.replacing`): never half a file. It says that it is ours (`is_ours`).
     """
     array = np.asarray(array)
     color = array.dtype == np.uint8 and array.ndim == 3 and array.shape[-1] == 3
@@ -298,5 +316,17 @@ def save_png(path, array: np.ndarray) -> None:
             f"{path}: a PNG takes uint8 [H, W, 3], uint8 [H, W] or uint16 [H, W]; "
             f"got {array.dtype} {list(array.shape)}"
         )
+    written_by = PngImagePlugin.PngInfo()
+    written_by.add_text("Software", SOFTWARE)
     with atomic.replacing(path) as partial:
-        Image.fromarray(array).save(partial, format="PNG")  # Pillow 13: a mode with uint16 fails
+        # Pillow 13: a mode with uint16 fails.
+        Image.fromarray(array).save(partial, format="PNG", pnginfo=written_by)
+
+
+def is_ours(path) -> bool:
+    """Whether a file is a PNG that `save_png` wrote."""
+    try:
+        with Image.open(path, formats=["PNG"]) as picture:
+            return picture.info.get("Software") == SOFTWARE
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+        return False

@@ -190,6 +190,10 @@ def batch_sums(losses: PerImage, weights: PerImage) -> tuple[Float[Array, ""], F
     An image of weight 0 takes no part whatever its loss is, NaN included; only a prediction that is
     NaN itself still makes the gradient NaN.
     """
+    if losses.ndim != 1 or losses.shape != weights.shape:
+        raise ValueError(
+            f"a loss and a weight for each image, [B], not {losses.shape} and {weights.shape}"
+        )
     counted = jnp.where(weights > 0, losses, 0)
     return (weights * counted).sum(), weights.sum()
 

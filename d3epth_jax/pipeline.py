@@ -432,7 +432,7 @@ def _as_picture(given) -> np.ndarray:
     if array.dtype == np.uint16:
         image_lib.require_16_bits(array.max())
         return array.astype(np.float32) / 65535
-    if array.dtype.kind != "f":
+    if not jax.numpy.issubdtype(array.dtype, jax.numpy.floating):
         raise ValueError(f"uint8, uint16, or float in [0,1] is expected, not {array.dtype}")
     array = array.astype(np.float32)
     if not (array >= 0).all() or not (array <= 1).all():  # also false for NaN

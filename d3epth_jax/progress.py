@@ -20,7 +20,7 @@ class Progress:
         self._title, self._total, self._unit = title, total, unit
         self._begin = self._start = start
         self._log_every = log_every
-        self._terminal = sys.stderr.isatty()
+        self._terminal = bool(sys.stderr) and sys.stderr.isatty()
         self._began = self._shown = time.monotonic()
 
     def update(self, done: int, note: str = "") -> None:

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool
 
 from d3epth_jax.alignment import SPACES, to_space
-from d3epth_jax.typing import Depth, Flags, Mask, PerImage
+from d3epth_jax.typing import Depth, Flags, Mask, PerImage, check_mask
 
 _PIXELS = (1, 2, 3)
 
@@ -20,8 +20,9 @@ def normalize(
     Each image's 2 % and 98 % quantiles over valid pixels, taken in `space` (depth, disparity or
     sqrt_disparity), go to -1 and 1; the rest is clipped. Unknown pixels are 0: mask them, their
     value means nothing. An image with fewer than `min_valid` valid pixels or with equal quantiles
-    is all 0 and False. ValueError for another space.
+    is all 0 and False. ValueError for another space or a mask of numbers.
     """
+    check_mask(mask)
     values = to_space(jnp.where(mask, depth, 1), space)
     low, high = quantiles_2_98(values, mask)
     valid = (mask.sum(_PIXELS) >= min_valid) & (high > low)

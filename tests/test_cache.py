@@ -12,16 +12,7 @@ import pytest
 
 from configs import cache as cache_config
 from configs import common, quickstart
-from d3epth_jax import (
-    cache,
-    check_config,
-    ensemble,
-    from_config,
-    inference,
-    sharding,
-    train,
-    training_data,
-)
+from d3epth_jax import cache, ensemble, from_config, inference, sharding, train, training_data
 from d3epth_jax import image as image_lib
 from d3epth_jax.data.sources import latents
 from d3epth_jax.data.sources.files import SourceError
@@ -265,7 +256,7 @@ def test_training_refuses_a_cache_of_something_else(change, message, cached, pai
         else:
             config.update_from_flattened_dict({key: value})
     with pytest.raises(ValueError, match=message):
-        check_config.check(config)
+        training_data.check(config)
         training_data.make_sources(config)
 
 

@@ -22,7 +22,7 @@ LAYERS = [
     "from_config check_config training_data runs train cache evaluate evaluation pipeline gallery"
     " progress baselines macs bench.predict bench.train bench.worker bench.report"
     " bench.compare_diffusers ablation ablation_report",
-    "main config_arguments cli argument_types bench data_cli __main__",
+    "main config_arguments cli argument_types bench data_cli pictures __main__",
 ]
 
 # Library -> the only modules that may import it; () means none.

@@ -6,6 +6,7 @@ A source module lists the items of its public layout and says how one is read; t
 import logging
 import math
 import os
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -287,6 +288,10 @@ def _unique(items: Iterable[Item]) -> tuple[list[Item], list[str]]:
     by_name: dict[str, Item] = {}
     problems = []
     for item in items:
+        # A line break, or bytes that are no UTF-8 (lone surrogates).
+        if re.search("[\n\r\ud800-\udfff]", item.name):
+            problems.append(f"{item.name!r}: such a name cannot be written to a list: rename it")
+            continue
         if (first := by_name.setdefault(item.name, item)) is not item:
             problems.append(
                 f"{item.files['image']}: {item.name!r} is already the name of"
