@@ -231,3 +231,29 @@ def test_what_cannot_be_evaluated_or_written_is_told_before_the_work(tmp_path, m
     told = "num_images is at least 0, not -3\n.*num_pictures is .*\n.*batch_size is at least 1"
     with pytest.raises(ValueError, match=told):
         evaluate.run(config, tmp_path)
+
+
+def evaluated(config, pairs, workdir):
+    config.eval.source = common.folder(str(pairs.root))
+    config.eval.num_pictures = 0
+    config.baselines, config.models = ("constant",), {}
+    evaluate.run(config, workdir)
+
+
+def test_maps_that_are_upside_down_are_told(pairs, tmp_path, caplog):
+    config = eval_config.get_config()
+    for space in ("depth", "disparity"):
+        saved = saved_as(pairs, tmp_path / "maps", lambda d: 1 / np.maximum(d, 0.1))
+        config.predictions = {"other": {"path": saved.path, "space": space, "scale": 1.0}}
+        caplog.clear()
+        evaluated(config, pairs, tmp_path / space)
+        told = "other is upside down on most pictures (s<0): is its space right?"
+        assert (told in caplog.text) is (space == "depth")
+
+
+def test_a_set_of_which_nothing_counts_is_no_success(pairs, tmp_path, capsys):
+    config = eval_config.get_config()
+    config.eval.min_depth, config.eval.max_depth = 1e6, 2e6
+    with pytest.raises(ValueError, match="not one pixel of the ground truth counts"):
+        evaluated(config, pairs, tmp_path / "none")
+    assert "| constant" in capsys.readouterr().out

@@ -1,6 +1,7 @@
 import csv
 import json
 import logging
+import os
 
 import numpy as np
 import pytest
@@ -337,3 +338,13 @@ def test_what_is_no_depth(tmp_path):
     np.save(tmp_path / "c.npy", np.zeros((2, 3, 4)))
     with pytest.raises(ValueError, match=r"float64 \[2, 3, 4\], expected \[H, W\]"):
         read_depth(tmp_path / "c.npy")
+
+
+@pytest.mark.parametrize("name", ["two\nlines", os.fsdecode(b"caf\xe9")])
+def test_names_that_no_list_can_hold_are_told_at_once(tmp_path, name):
+    write_pair(tmp_path, "a", "fine")
+    write_pair(tmp_path, "a", name)
+    with pytest.raises(SourceError, match="cannot be written to a list: rename it") as error:
+        folder(tmp_path, depth_scale=1000)
+    str(error.value).encode()  # so that it can be printed
+    assert len(folder(tmp_path, depth_scale=1000, on_error="skip")) == 1

@@ -347,3 +347,9 @@ def test_unknown_options_name_the_choices():
     for loss in (losses.edge_aware_gradient_huber, losses.hybrid_depth):
         with pytest.raises(ValueError, match=r"delta.*alpha.*tau.*num_scales"):
             loss(pred, target, mask, delta=0.0, alpha=-1.0, tau=0.0, num_scales=0)
+
+
+@pytest.mark.parametrize("shapes", [((3,), (3, 1)), ((3, 1), (3,)), ((2, 4, 4, 1), (2,))], ids=str)
+def test_a_mean_of_anything_but_a_loss_for_each_image_is_refused(shapes):
+    with pytest.raises(Exception, match=r"[Ss]hape|for each image"):
+        losses.batch_mean(*map(jnp.ones, shapes))

@@ -2,6 +2,7 @@
 
 import importlib
 import inspect
+import os
 import subprocess
 import sys
 
@@ -186,3 +187,17 @@ def test_eval_job_writes_table_scores_and_gallery(tmp_path, capsys):
     config.baselines = ("ramp", "slope")
     with pytest.raises(ValueError, match="slope"):
         evaluate.run(config, tmp_path / "out")
+
+
+def test_a_config_is_found_from_any_folder(tmp_path):
+    command = [sys.executable, "-m", "d3epth_jax.main", f"--config={ROOT}/configs/eval.py"]
+    package = tmp_path / "installed"
+    package.mkdir()
+    (package / "d3epth_jax").symlink_to(ROOT / "d3epth_jax")
+    environment = os.environ | {"PYTHONPATH": str(package), "PYTHONSAFEPATH": "1"}
+    done = subprocess.run(
+        [*command, "--config.no_such_key=1"],
+        **{"cwd": tmp_path, "env": environment, "capture_output": True, "text": True},
+        timeout=120,
+    )
+    assert "config has no setting 'no_such_key'" in done.stderr and done.returncode == 2

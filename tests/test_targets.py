@@ -97,3 +97,9 @@ def test_errors_name_what_is_wrong():
         targets.fill_invalid(depth, mask, space="log")
     with pytest.raises(ValueError, match=r"10x14 pixels .* cells of 8"):
         targets.latent_mask(mask)
+
+
+def test_a_mask_of_numbers_is_refused():
+    depth = jnp.ones((1, 4, 4, 1))
+    with pytest.raises(Exception, match=r"boolean|mask"):
+        targets.normalize(depth, jnp.full(depth.shape, 255, jnp.uint8))
