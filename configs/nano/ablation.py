@@ -44,7 +44,6 @@ from configs.nano import train as nano
 FILES = common.PROCEDURAL_TEST + 2  # seed of the rendered scenes that are written to files
 AFTER = 500  # added to the scenes' seed of what goes on from another arm: it sees new ones
 
-REFINED = 144, 192  # the size of what goes on without random weights
 WARMUP = 50  # steps: every arm has one, and two stages have two
 WINDOW = 50  # steps of DWA's: its weights move after two of them
 
@@ -82,7 +81,7 @@ def get_config(argument: str | None = None) -> ConfigDict:
     config.steps = ConfigDict(dict.fromkeys(steps, 4) if tiny else steps)
     config.teacher = "nano-teacher"
     config.real = ""  # a folder of RGB-D pairs with an index
-    size = REFINED if word == "refined" else (nano.HEIGHT, nano.WIDTH)
+    size = nano.LARGER if word == "refined" else (nano.HEIGHT, nano.WIDTH)
     config.evaluations = ConfigDict(
         {
             "scenes": evaluation(nano.scenes(common.PROCEDURAL_TEST, 16 if tiny else 256, size)),
@@ -190,7 +189,7 @@ def refined_arms(config: ConfigDict, tiny: bool) -> dict[str, ConfigDict]:
     def refined(edge: float, weighting: str) -> ConfigDict:
         job = train(config, nano.stage2(tiny), "refined")
         job.init = "nano"
-        nano.resize(job, *REFINED)
+        nano.resize(job, *nano.LARGER)  # the shipped student's size
         job.optim.clip = 0
         job.loss.beta.edge, job.weighting.name = edge, weighting
         job.weighting.dwa.window = WINDOW

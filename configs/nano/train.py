@@ -17,7 +17,7 @@ from ml_collections import ConfigDict
 from configs import common
 
 HEIGHT, WIDTH = 96, 128
-LARGER = 192, 256  # what further.py goes on with: finer maps, at 4 times the cost of a step
+LARGER = 144, 192  # what further.py goes on with: finer maps, at 2.3 times the cost of a step
 LONG = {"teacher": (9600, 64), "stage1": (6000, 16), "stage2": (4800, 16)}  # steps, batch size
 PIXEL_ASPECTS = (0.4, 2.5)  # so that pictures from 9:16 to 10:3 may be stretched to that shape
 
