@@ -44,6 +44,5 @@ def get_config(argument: str | None = None) -> ConfigDict:
         tiny = stage1.get_config("tiny")
         config.teacher = tiny.teacher
         config.data = tiny.data
-        config.data.crop = "center"
         config.cache.target = False
     return config

@@ -141,8 +141,7 @@ def training(stage: str) -> ConfigDict:
             "unet": "own",  # "teacher": pruned from the teacher's as BK-SDM (needs no `init`)
             "encoder": "own",  # "teacher": the teacher's, shape and weights
             "decoder": "own",
-            # depth | disparity | sqrt_disparity; without: init's, else the teacher's, else depth
-            "prediction_type": placeholder(str),
+            "prediction_type": "depth",  # | disparity | sqrt_disparity
             "processing_resolution": 0,
             # Width / height that pictures are stretched to; given, also of a model that goes on.
             "processing_aspect": placeholder(float),
@@ -170,20 +169,20 @@ def training(stage: str) -> ConfigDict:
             "min_valid": 16,
         }
         config.loss = ConfigDict({"beta": beta, "preset": "default", "options": options})
-        config.weighting = ConfigDict(
-            {
-                "name": "dwa",  # | static | uncertainty
-                "dwa": {
-                    "temperature": 2.0,
-                    "window": 500,
-                    "ratio_clip": (0.5, 2.0),  # () for none, as Liu et al.
-                    "normalize": True,
-                },
-            }
-        )
     else:
         # `enc` counts where the student's own encoder trains, and only there.
         config.loss = ConfigDict({"beta": {"gt": 1.0, "out": 1.0, "feat": 0.1, "enc": 1.0}})
+    config.weighting = ConfigDict(
+        {
+            "name": "dwa",  # | static | uncertainty
+            "dwa": {
+                "temperature": 2.0,
+                "window": 500,
+                "ratio_clip": (0.5, 2.0),  # () for none, as Liu et al.
+                "normalize": True,
+            },
+        }
+    )
     config.schedule = ConfigDict(
         {
             "learning_rate": 5e-5 if stage == "latent" else 3e-6,

@@ -49,11 +49,6 @@ def run(config, workdir: pathlib.Path) -> None:
         worst_of=next(iter(judged), list(predictors)[-1]),
     )
     print(f"\n{results.table()}\n", flush=True)  # first: it may be that it cannot be saved
-    if all(math.isnan(results.mean(name)) for name in predictors):
-        raise ValueError(
-            "not one pixel of the ground truth counts in this protocol (above): is the source's"
-            " unit right, such as depth_scale? `d3epth data check` looks at it"
-        )
     for name in judged:
         if results.mean(name, "negative_scale") > 0.5:
             log.warning(
@@ -62,6 +57,11 @@ def run(config, workdir: pathlib.Path) -> None:
             )
     results.save(workdir)
     log.info("table, per-image scores and galleries: %s", workdir / "evaluation*.*")
+    if all(math.isnan(results.mean(name)) for name in predictors):
+        raise ValueError(
+            "not one pixel of the ground truth counts in this protocol (above): is the source's"
+            " unit right, such as depth_scale? `d3epth data check` looks at it"
+        )
 
 
 def protocol_of(settings) -> Protocol:

@@ -166,7 +166,7 @@ def _read_student(config) -> Start:
     if (pathlib.Path(config.init) / "checkpoints").is_dir():
         start = read_run(pathlib.Path(config.init))
         settings = {"dtype": config.model.dtype, "remat": config.model.remat, **reshaped}
-        settings |= _in_space(start.model, space)
+        _tell_of_space(start.model, space)
         return start._replace(model=dataclasses.replace(start.model, **settings))
     model, params, text, predicts_depth = hub.load_model(
         config.init,
@@ -180,21 +180,19 @@ def _read_student(config) -> Start:
         model, params, widen=config.conv_in_bias if plain else ""
     )
     if predicts_depth:
-        settings = reshaped | _in_space(model, space)
+        _tell_of_space(model, space)
     else:
-        settings = {"prediction_type": space or "depth", **shape}
-    return Start(dataclasses.replace(model, **settings), params, text)
+        reshaped = {"prediction_type": space, **shape}
+    return Start(dataclasses.replace(model, **reshaped), params, text)
 
 
-def _in_space(model: DepthModel, space: str | None) -> dict[str, str]:
-    """What changes of a model that is to predict in another space from now on."""
-    if space in (None, model.prediction_type):
-        return {}
-    log.warning(
-        "the model to start from predicts %s: it is trained to predict %s from here on",
-        *(model.prediction_type, space),
-    )
-    return {"prediction_type": space}
+def _tell_of_space(model: DepthModel, space: str) -> None:
+    """A model that predicts depth, in whatever space, keeps it: "depth" may be the default."""
+    if space not in ("depth", model.prediction_type):
+        log.warning(
+            "model.prediction_type=%s does nothing: the model to start from predicts %s",
+            *(space, model.prediction_type),
+        )
 
 
 def _student_of_preset(config, teacher: Start) -> Start:
@@ -211,8 +209,7 @@ def _student_of_preset(config, teacher: Start) -> Start:
         unet,
         autoencoder,
         presets.SINGLE_STEP,
-        prediction_type=config.model.prediction_type
-        or (teacher.model.prediction_type if teacher.model else "depth"),
+        prediction_type=config.model.prediction_type,
         processing_resolution=config.model.processing_resolution,
         processing_aspect=config.model.processing_aspect,
         dtype=config.model.dtype,

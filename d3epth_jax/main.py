@@ -15,7 +15,7 @@ from absl import app, flags
 from flax.traverse_util import flatten_dict
 from ml_collections import ConfigDict, config_flags
 
-from d3epth_jax import check_config, config_arguments, hosts, sharding
+from d3epth_jax import config_arguments, hosts, sharding
 from d3epth_jax.compilation_cache import use_compilation_cache
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "The config file.", lock_config=True)
@@ -64,7 +64,7 @@ def main(argv: list[str]) -> None:
 def _jobs() -> dict:
     """{name: (function that checks a config, function that runs it in a workdir)}."""
     # Imported here: `--help` and a typo in a config need no JAX.
-    from d3epth_jax import ablation, cache, evaluate, train
+    from d3epth_jax import ablation, cache, check_config, evaluate, train
 
     return {
         "ablation": (ablation.check, ablation.run),

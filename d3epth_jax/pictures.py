@@ -49,10 +49,10 @@ def find_pictures(
             failed[given] = "no such file or folder"
         for path in inside:
             below = path.relative_to(given) if path != given else pathlib.Path(path.name)
-            if path.is_symlink():  # under its own name, where that is found too
-                found.setdefault(path.resolve(), (path, below))
-            else:
-                found[path.resolve()] = path, below
+            key = path.resolve()
+            # Under its own name, where links lead to it too.
+            if key not in found or (found[key][0].is_symlink() and not path.is_symlink()):
+                found[key] = path, below
     return list(found.values())
 
 

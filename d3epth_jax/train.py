@@ -410,7 +410,8 @@ class OneProgramPerShape:
 class Profile(contextlib.ExitStack):
     """A JAX profile of `count` steps from step `first` >= 1 on; none where `count` is 0.
 
-    A run that goes on after `first` makes none, and says so; one that ends early keeps what it has.
+    A run that goes on amid these steps makes none, and says so; one that ends early keeps what it
+    has.
     """
 
     def __init__(self, directory: pathlib.Path, first: int, count: int):

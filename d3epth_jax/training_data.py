@@ -89,7 +89,8 @@ def _cannot_be_cached(config) -> list[str]:
         if part.source.name == "procedural":
             problems.append(f"{where}.source: rendered scenes never repeat; a cache is of files")
         if part.crop == "random":
-            problems.append(f"a teacher cache holds one crop of a picture: set {where}.crop=center")
+            hint = f"set {where}.crop=center, or stretch"
+            problems.append(f"a teacher cache holds one crop of a picture: {hint}")
     return problems
 
 

@@ -73,29 +73,17 @@ def test_a_model_that_goes_on_at_one_shape_has_that_one(tmp_path):
     assert (went_on.processing_resolution, went_on.processing_aspect) == (48, 1.5)
 
 
-def test_a_start_is_trained_in_the_space_that_is_asked_for(tmp_path, caplog):
-    model = small_model(prediction_type="depth")
+def test_a_space_that_a_start_does_not_predict_in_is_told(tmp_path, caplog):
+    model = small_model(prediction_type="disparity")
     hub.save_model(tmp_path / "model", model, init_params(model, 0))
     config = stage2.get_config()
     config.init = str(tmp_path / "model")
-
-    def predicts():
-        return from_config.make_student(config, from_config.Start()).model.prediction_type
-
-    assert predicts() == "depth" and "from here on" not in caplog.text
-    config.model.prediction_type = "sqrt_disparity"  # METHOD 2
-    assert predicts() == "sqrt_disparity"
-    assert "predicts depth: it is trained to predict sqrt_disparity" in caplog.text
-
-
-def test_a_student_of_a_preset_predicts_in_its_teacher_s_space():
-    config = quickstart.stage1()
-    config.model.prediction_type = None
-    teacher = small_model(prediction_type="disparity")
-    config.model.encoder = config.model.decoder = "own"
-    start = from_config.Start(teacher, init_params(teacher, 0))
-    assert from_config.make_student(config, start).model.prediction_type == "disparity"
-    assert from_config.make_student(config, from_config.Start()).model.prediction_type == "depth"
+    for space, told in (("depth", False), ("disparity", False), ("sqrt_disparity", True)):
+        config.model.prediction_type = space  # "depth" says nothing: it is the default
+        caplog.clear()
+        start = from_config.make_student(config, from_config.Start())
+        assert start.model.prediction_type == "disparity"
+        assert ("prediction_type=sqrt_disparity does nothing" in caplog.text) is told
 
 
 def test_a_teacher_whose_one_step_has_hardly_any_noise_is_told_of(tmp_path, caplog):

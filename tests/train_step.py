@@ -1,6 +1,6 @@
 """D^2epth's training step here and in torch, each measured in a process of its own.
 
-What tests/train_speed.py compares; its requests go through d3epth_jax.bench_worker.
+What tests/train_speed.py compares; its requests go through d3epth_jax.bench.worker.
 """
 
 import time

@@ -107,7 +107,7 @@ def _bench(args: argparse.Namespace) -> int:
     try:
         rows = _measured_before(args)
     except ValueError as error:
-        problems = [f"--resume: {error}"]
+        problems.append(f"--resume: {error}")
     jobs = plan(args, problems)
     todo, here = [], _code() if rows else ""
     done = [row for row in rows if "error" not in row]

@@ -193,7 +193,7 @@ def load_autoencoder(
 
 
 def digest(path_or_hub_id: str | os.PathLike, revision: str | None = None) -> str:
-    """By what a model can be recognised: of its weights and settings, or the hub's commit.
+    """By what a model can be recognised: of its weights, or the commit in the hub's cache.
 
     Of a run's workdir it is the newest checkpoint's step, and when that was saved. "" for what is
     not there.
@@ -209,9 +209,8 @@ def digest(path_or_hub_id: str | os.PathLike, revision: str | None = None) -> st
         return f"step {step.name}, saved {checkpoint.saved_at(step)}" if step else ""
     orbax = (file for file in (path / ORBAX).rglob("*") if file.is_file())
     hashes = hashlib.sha256()
-    settings = {*path.rglob("*.json"), *path.rglob("*.safetensors")}
-    for name in sorted(settings.union(orbax)):
-        with name.open("rb") as file:
+    for weights in [*sorted(path.rglob("*.safetensors")), *sorted(orbax)]:
+        with weights.open("rb") as file:
             hashes.update(hashlib.file_digest(file, "sha256").digest())
     return hashes.hexdigest()
 
