@@ -56,7 +56,7 @@ def caching(pairs, teacher, **data):
     config = cache_config.get_config("tiny")
     config.teacher.path = str(teacher)
     config.data.source = common.folder(str(pairs), split="train")
-    config.data.update(height=32, width=48, batch_size=2, **data)
+    config.data.update(height=32, width=48, batch_size=2, **{"crop": "center", **data})
     config.cache.update(target=True, shard_size=4)
     return config
 
