@@ -284,7 +284,10 @@ def _in_threads(function, items: Sequence[Item]) -> list:
 
 
 def _unique(items: Iterable[Item]) -> tuple[list[Item], list[str]]:
-    """The first item of each name, and the later ones as problems: names name output files."""
+    """The first item of each name; the later ones, and names no list can hold, are problems.
+
+    Names name output files and are written to tables.
+    """
     by_name: dict[str, Item] = {}
     problems = []
     for item in items:
