@@ -8,8 +8,7 @@
 2. stage2: the student is refined in pixel space, light decoder included.
 3. eval: held-out scenes; student and teacher against predictors that know nothing.
 
-The teacher is D^2-nano: configs/nano/train.py:long, then configs/nano/further.py. The former
-trains its student for longer.
+The teacher is D^2-nano. configs/nano/train.py:student distils it for three hours instead.
 """
 
 from ml_collections import ConfigDict
@@ -17,13 +16,11 @@ from ml_collections import ConfigDict
 from configs import common
 from configs.nano import train as nano
 
-TEACHER = "nano-teacher"
-
 
 def stage1(tiny: bool = False) -> ConfigDict:
     """Also of configs/stage1.py:tiny."""
     config = nano.stage1(tiny)
-    config.teacher.path = TEACHER
+    config.teacher.path = nano.SHIPPED_TEACHER
     config.train.save_start = True
     return shorter(config, 500, tiny)
 
@@ -34,7 +31,13 @@ def stage2(tiny: bool = False) -> ConfigDict:
 
 
 def evaluation(tiny: bool = False) -> ConfigDict:
-    config = nano.evaluation(tiny)
+    models = {
+        "teacher": nano.SHIPPED_TEACHER,
+        "student at start": "{workdir}/stage1/model_start",
+        "student after stage 1": "{workdir}/stage1/model",
+        "student after stage 2": "{workdir}/stage2/model",
+    }
+    config = nano.compare(models, tiny)
     config.eval.source.length = 16 if tiny else 256
     config.baselines = ("constant", "ramp", "mean map")
     config.mean_map = ConfigDict(
@@ -45,13 +48,7 @@ def evaluation(tiny: bool = False) -> ConfigDict:
             "width": nano.WIDTH,
         }
     )
-    models = {
-        "teacher": TEACHER,
-        "student at start": "{workdir}/stage1/model_start",
-        "student after stage 1": "{workdir}/stage1/model",
-        "student after stage 2": "{workdir}/stage2/model",
-    }
-    return nano.show(config, models)
+    return config
 
 
 def shorter(config: ConfigDict, steps: int, tiny: bool) -> ConfigDict:

@@ -25,6 +25,7 @@ quarters of a card by default, so:
 from ml_collections import ConfigDict
 
 from configs import common, d2, quickstart, stage1
+from configs.nano import train as nano
 
 
 def get_config(argument: str | None = None) -> ConfigDict:
@@ -37,7 +38,7 @@ def get_config(argument: str | None = None) -> ConfigDict:
         config.workdir = "runs/stage2_tiny"
         config.init = "runs/stage1_tiny/model"
         config.init_config = stage1.get_config("tiny")  # trained first where it is absent
-        config.teacher.path = quickstart.TEACHER
+        config.teacher.path = nano.SHIPPED_TEACHER
         config.init_config.teacher.path = config.teacher.get_oneway_ref("path")
         config.loss.beta.teacher = 0.1
         config.train.steps = config.eval.every = config.train.checkpoint_every = 200

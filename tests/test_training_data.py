@@ -213,7 +213,7 @@ def test_data_without_depth_is_told_once(stage, roots, tmp_path, caplog):
         nano.teacher(tiny=True) if stage == "pixel" else nano.stage1(tiny=True), roots[0]
     )
     if stage == "latent":
-        config.teacher.path, config.autoencoder.path = quickstart.TEACHER, quickstart.TEACHER
+        config.teacher.path, config.autoencoder.path = nano.SHIPPED_TEACHER, nano.SHIPPED_TEACHER
         config.loss.beta.gt = 1.0
     config.data.filter.min_range = 999.0  # metres
     config.train.update(steps=3, log_every=1)

@@ -3,9 +3,9 @@
     python -m d3epth_jax.main --config=configs/nano/further.py         # an hour on 2 CPU cores
     python -m d3epth_jax.main --config=configs/nano/further.py:tiny    # seconds: does it run?
 
-It is how scenes of a newer version reach a model without training all anew (train.py:long), and
-larger pictures: small ones are the cheaper way to begin. `--config.stage2.init` names what to begin
-with, nano-teacher for instance. RESULTS.md says what came of it.
+It is how scenes of a newer version reach a model without training all anew (train.py), and larger
+pictures. `--config.stage2.init` names what to begin with, nano-teacher for instance. RESULTS.md
+says what came of it.
 """
 
 from ml_collections import ConfigDict
@@ -15,13 +15,11 @@ from configs.nano import train as nano
 
 
 def stage2(tiny: bool = False) -> ConfigDict:
-    config = nano.stage2(tiny)
-    nano.resize(config, *nano.LARGER)
+    config = nano.larger(tiny)
     config.init = "nano"
     config.data.source.seed = 7601  # 7201, 7301 and 7401 the package's models have seen
     if not tiny:
         config.train.steps = 6000
-        config.schedule.update(learning_rate=7e-4, warmup_steps=100)
     return config
 
 
@@ -31,9 +29,7 @@ def evaluation(tiny: bool = False) -> ConfigDict:
         "before": "nano",
         "after": "{workdir}/stage2/model",
     }
-    config = nano.evaluation(tiny, nano.LARGER)
-    config.eval.processing_resolution = -1  # each model's own
-    return nano.show(config, models)
+    return nano.compare(models, tiny, nano.LARGER)
 
 
 def get_config(argument: str | None = None) -> ConfigDict:

@@ -1,15 +1,17 @@
 """nano: the models that the package ships, trained from scratch on rendered scenes alone.
 
-    python -m d3epth_jax.main --config=configs/nano/train.py:long  # on a GPU, as the shipped began
-    python -m d3epth_jax.main --config=configs/nano/train.py       # 50 minutes on 2 CPU cores
-    python -m d3epth_jax.main --config=configs/nano/train.py:tiny  # seconds: does it run at all?
+    python -m d3epth_jax.main --config=configs/nano/train.py          # an hour on 2 CPU cores
+    python -m d3epth_jax.main --config=configs/nano/train.py:student  # three hours: of nano-teacher
+    python -m d3epth_jax.main --config=configs/nano/train.py:long     # all of it, longer: on a GPU
+    python -m d3epth_jax.main --config=configs/nano/train.py:tiny     # two minutes: does it run?
 
 1. teacher: D^2-nano, encoder, UNet and decoder trained together by the pixel loss (METHOD 7, "from
    scratch": this defines the latent space).
 2. stage1: D^3-nano, a third of the teacher's MACs, learns its latents and features; its encoder and
    decoder are the teacher's with fewer blocks.
 3. stage2: the student is refined in pixel space, decoder included.
-4. eval: held-out scenes. configs/eval.py evaluates on real pictures: none is trained on.
+4. larger: stage 2 goes on with larger pictures; small ones are the cheaper way to begin.
+5. eval: held-out scenes. configs/eval.py evaluates on real pictures: none is trained on.
 """
 
 from ml_collections import ConfigDict
@@ -17,8 +19,10 @@ from ml_collections import ConfigDict
 from configs import common
 
 HEIGHT, WIDTH = 96, 128
-LARGER = 144, 192  # what further.py goes on with: finer maps, at 2.3 times the cost of a step
-LONG = {"teacher": (9600, 64), "stage1": (6000, 16), "stage2": (4800, 16)}  # steps, batch size
+LARGER = 144, 192  # finer maps, at 2.3 times the cost of a step
+STUDENT = {"stage1": (6000, 16), "stage2": (14_000, 16), "larger": (6000, 16)}  # steps, batch size
+LONG = {"teacher": (9600, 64), **STUDENT}
+SHIPPED_TEACHER = "nano-teacher"
 PIXEL_ASPECTS = (0.4, 2.5)  # so that pictures from 9:16 to 10:3 may be stretched to that shape
 
 
@@ -54,21 +58,39 @@ def stage2(tiny: bool = False) -> ConfigDict:
     return config
 
 
-def evaluation(tiny: bool = False, size: tuple[int, int] = (HEIGHT, WIDTH)) -> ConfigDict:
-    config = ConfigDict()
-    config.job = "eval"
-    config.eval = common.evaluation(scenes(common.PROCEDURAL_TEST, 16 if tiny else 512, size))
-    config.baselines = ("constant", "ramp")
+def larger(tiny: bool = False) -> ConfigDict:
+    """Also of further.py."""
+    config = stage2(tiny)
+    config.data.source.seed += 1000
+    config.init = "{workdir}/stage2/model"
+    resize(config, *LARGER)
+    config.train.steps = 4 if tiny else 500
+    config.schedule.update(learning_rate=7e-4, warmup_steps=100)
+    return config
+
+
+def evaluation(tiny: bool = False) -> ConfigDict:
     models = {
         "D2-nano, the teacher": "{workdir}/teacher/model",
         "D3-nano after stage 1": "{workdir}/stage1/model",
         "D3-nano after stage 2": "{workdir}/stage2/model",
+        "D3-nano, larger pictures": "{workdir}/larger/model",
     }
-    return show(config, models)
+    return compare(models, tiny, LARGER)
 
 
-def show(config: ConfigDict, models: dict[str, str]) -> ConfigDict:
-    """An evaluation of these {name: directory}; the last also with its pictures shuffled."""
+def compare(
+    models: dict[str, str], tiny: bool = False, size: tuple[int, int] = (HEIGHT, WIDTH)
+) -> ConfigDict:
+    """An evaluation of these {name: directory} on held-out scenes, each model at its own size.
+
+    The last is also evaluated with its pictures shuffled.
+    """
+    config = ConfigDict()
+    config.job = "eval"
+    config.eval = common.evaluation(scenes(common.PROCEDURAL_TEST, 16 if tiny else 512, size))
+    config.eval.processing_resolution = -1
+    config.baselines = ("constant", "ramp")
     config.models = ConfigDict(models)
     config.order = tuple(models)  # of the table's rows
     config.shuffled = list(models)[-1]
@@ -108,15 +130,20 @@ def resize(config: ConfigDict, height: int, width: int) -> None:
 
 
 def get_config(argument: str | None = None) -> ConfigDict:
-    word = common.word(argument, "tiny", "long")
+    word = common.word(argument, "student", "long", "tiny")
     tiny = word == "tiny"
     config = ConfigDict()
     config.workdir = f"runs/nano_{word}" if word else "runs/nano"
     config.cpu_devices = 2
-    config.jobs = ("teacher", "stage1", "stage2", "evaluation")
-    for job in (teacher, stage1, stage2, evaluation):
+    for job in (teacher, stage1, stage2, larger, evaluation):
         config[job.__name__] = job(tiny)
-    for name, (steps, batch_size) in LONG.items() if word == "long" else ():
+    config.jobs = ("teacher", "stage1", "stage2", "larger", "evaluation")
+    if word == "student":
+        config.jobs = config.jobs[1:]
+        del config.teacher
+        config.stage1.teacher.path = SHIPPED_TEACHER
+        config.evaluation.models["D2-nano, the teacher"] = SHIPPED_TEACHER
+    for name, (steps, batch_size) in {"student": STUDENT, "long": LONG}.get(word, {}).items():
         longer(config[name], steps, batch_size)
     return config
 
