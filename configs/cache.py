@@ -28,7 +28,12 @@ def get_config(argument: str | None = None) -> ConfigDict:
     config.workdir = "runs/cache"
     config.cpu_devices = 2
     config.teacher = common.teacher("runs/d2/model")
-    config.model = ConfigDict({"dtype": "float32"})  # compute type: | bfloat16
+    config.model = ConfigDict(
+        {
+            "dtype": "float32",  # compute type: | bfloat16
+            "attention": "auto",  # | chunked: without a GPU's fused kernel
+        }
+    )
     config.data = common.training_data(common.folder("DIR", split="train"), 480, 640, crop="center")
     config.cache = ConfigDict(
         {

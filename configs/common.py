@@ -129,7 +129,7 @@ def training(stage: str) -> ConfigDict:
     config.fsdp = 1  # devices that share one copy of the parameters
 
     # The student: read from `init` (a directory in diffusers' layout or a hub id, also of a plain
-    # Stable Diffusion) with all its settings but dtype and remat, else made from a preset.
+    # Stable Diffusion) with all its settings but dtype, remat, attention; else made of a preset.
     config.init = ""
     config.init_version = version()
     config.conv_in_bias = "keep"  # | "halve", where Stable Diffusion's conv_in is widened
@@ -147,6 +147,7 @@ def training(stage: str) -> ConfigDict:
             "processing_aspect": placeholder(float),
             "dtype": "float32",  # compute type: | bfloat16
             "remat": False,
+            "attention": "auto",  # | chunked: without a GPU's fused kernel
         }
     )
     config.teacher = teacher("")

@@ -7,6 +7,7 @@ from d3epth_jax.alignment import SPACES
 from d3epth_jax.evaluate import LEAST as EVALUATED
 from d3epth_jax.evaluate import too_small
 from d3epth_jax.models import presets
+from d3epth_jax.models.attention import OF_A_MODEL
 from d3epth_jax.models.depth_model import COMPUTE_TYPES
 from d3epth_jax.weights import surgery
 
@@ -49,6 +50,7 @@ def _check_choices(config) -> None:
         choices |= {name: (value, ("own", "teacher")) for name, value in parts.items()}
         choices["model preset"] = (config.model.preset, sorted(presets.PRESETS))
     choices["model.dtype"] = (config.model.dtype, COMPUTE_TYPES)
+    choices["model.attention"] = (config.model.attention, OF_A_MODEL)
     choices["optim.moments"] = (config.optim.moments, optim.MOMENTS)
     choices["conv_in_bias"] = (config.conv_in_bias, surgery.BIASES)
     choices["model.prediction_type"] = (config.model.prediction_type, SPACES)

@@ -65,6 +65,8 @@ def add_predict(commands) -> None:
     add("--batch-size", type=in_range(int, 1), default=1, metavar="N",
         help="pictures of one size computed together")  # fmt: skip
     add("--dtype", choices=("float32", "bfloat16"), default="float32")
+    add("--attention", choices=("auto", "chunked"), default="auto",
+        help="chunked: without an NVIDIA GPU's fused kernel, should that fail")  # fmt: skip
     add("--color-map", choices=("Spectral", "gray"), default="Spectral",
         help="Spectral (the default): near is red, far is blue; gray: near is black, far is white; "
         "whatever the model predicts")  # fmt: skip
@@ -209,7 +211,8 @@ def _load_predictor(args: argparse.Namespace):
     use_compilation_cache()
     sharding.require_devices()
     model = args.model or BUNDLED["nano"]  # not by name: a folder may be called so
-    pipe = DepthPipeline.from_pretrained(model, dtype=args.dtype, **_where(args))
+    how = {"dtype": args.dtype, "attention": args.attention}
+    pipe = DepthPipeline.from_pretrained(model, **how, **_where(args))
     settings = {
         "processing_resolution": args.processing_resolution,
         "num_inference_steps": args.steps,

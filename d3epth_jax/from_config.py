@@ -53,7 +53,10 @@ def read_teacher(config) -> Start:
     if not config.teacher.path:
         return Start()
     model, params, text, _ = hub.load_model(
-        config.teacher.path, dtype=config.model.dtype, **_version(config.teacher)
+        config.teacher.path,
+        dtype=config.model.dtype,
+        attention=config.model.attention,
+        **_version(config.teacher),
     )
     steps = teacher_steps(config, model)
     if config.get("stage") == "pixel" and not (steps == 1 and model.from_zeros):
@@ -165,13 +168,12 @@ def _read_student(config) -> Start:
     reshaped = shape if config.model.processing_aspect is not None else {}
     if (pathlib.Path(config.init) / "checkpoints").is_dir():
         start = read_run(pathlib.Path(config.init))
-        settings = {"dtype": config.model.dtype, "remat": config.model.remat, **reshaped}
+        settings = {**_computation(config), **reshaped}
         _tell_of_space(start.model, space)
         return start._replace(model=dataclasses.replace(start.model, **settings))
     model, params, text, predicts_depth = hub.load_model(
         config.init,
-        dtype=config.model.dtype,
-        remat=config.model.remat,
+        **_computation(config),
         any_pipeline=True,
         **_version(config.init_version),
     )
@@ -184,6 +186,11 @@ def _read_student(config) -> Start:
     else:
         reshaped = {"prediction_type": space, **shape}
     return Start(dataclasses.replace(model, **reshaped), params, text)
+
+
+def _computation(config) -> dict:
+    """The settings of a DepthModel that no weights have."""
+    return {name: config.model[name] for name in ("dtype", "remat", "attention")}
 
 
 def _tell_of_space(model: DepthModel, space: str) -> None:
@@ -212,8 +219,7 @@ def _student_of_preset(config, teacher: Start) -> Start:
         prediction_type=config.model.prediction_type,
         processing_resolution=config.model.processing_resolution,
         processing_aspect=config.model.processing_aspect,
-        dtype=config.model.dtype,
-        remat=config.model.remat,
+        **_computation(config),
     )
     params = init_params(model, config.seed)
     params |= {part: teacher.params[part] for part in shared}

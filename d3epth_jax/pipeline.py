@@ -80,6 +80,7 @@ class DepthPipeline:
         path_or_hub_id: str | os.PathLike,
         *,
         dtype: str = "float32",
+        attention: str = "auto",
         fold: bool = True,
         revision: str | None = None,
         variant: str | None = None,
@@ -93,6 +94,7 @@ class DepthPipeline:
         Args:
           path_or_hub_id: such as "runs/stage2/model" or "prs-eth/marigold-depth-v1-1".
           dtype: "float32" or "bfloat16", of parameters and computation.
+          attention: "auto", or "chunked": without a GPU's fused kernel (`models.attention`).
           fold: compute with constants folded (`weights.fold`): fewer operations, the same numbers
             but for rounding.
           revision: branch, tag or commit of a hub model.
@@ -105,6 +107,7 @@ class DepthPipeline:
         loaded = hub.load_model(
             path_or_hub_id,
             dtype=dtype,
+            attention=attention,
             param_dtype=None,  # cast one by one as they are placed
             revision=revision,
             variant=variant,

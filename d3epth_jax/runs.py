@@ -15,7 +15,7 @@ from d3epth_jax.weights import files, hub
 # (Where a run is says its path; a config alone says where it would be.)
 FREE = (
     *(".workdir", ".train.log_every", ".train.checkpoint_every", ".train.keep_checkpoints"),
-    *(".train.profile", ".eval.batch_size", ".eval.num_pictures"),
+    *(".model.attention", ".train.profile", ".eval.batch_size", ".eval.num_pictures"),
 )
 
 

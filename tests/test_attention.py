@@ -6,7 +6,10 @@ import numpy as np
 import pytest
 
 from d3epth_jax.models import attention as module
+from d3epth_jax.models import presets
 from d3epth_jax.models.attention import attention
+from d3epth_jax.models.config import AutoencoderKLConfig
+from d3epth_jax.models.depth_model import DepthModel, abstract_params
 
 QUERIES, KEYS = 13, 7
 
@@ -138,6 +141,22 @@ def test_no_more_logits_are_kept_for_the_backward_pass():
     assert largest(jax.make_jaxpr(gradient)(q).jaxpr) <= 2**20
 
 
+def pretend(monkeypatch, capability):
+    """One GPU of this capability, or None; the list gets what its fused kernel is called with."""
+    seen = []
+
+    def kernel(q, k, v, *, implementation):
+        seen.append(implementation)
+        return q
+
+    device = types.SimpleNamespace(compute_capability=capability)
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu" if capability else "cpu")
+    monkeypatch.setattr(jax, "devices", lambda: [device])
+    monkeypatch.setattr(jax, "device_count", lambda: 1)
+    monkeypatch.setattr(jax.nn, "dot_product_attention", kernel)
+    return seen
+
+
 @pytest.mark.parametrize(
     ("capability", "dtype", "depth", "tokens", "masked", "fused"),
     [
@@ -156,17 +175,7 @@ def test_no_more_logits_are_kept_for_the_backward_pass():
 def test_the_fused_kernel_is_chosen_where_it_can_be(
     monkeypatch, capability, dtype, depth, tokens, masked, fused
 ):
-    seen = []
-
-    def kernel(q, k, v, *, implementation):
-        seen.append(implementation)
-        return q
-
-    device = types.SimpleNamespace(compute_capability=capability)
-    monkeypatch.setattr(jax, "default_backend", lambda: "gpu" if capability else "cpu")
-    monkeypatch.setattr(jax, "devices", lambda: [device])
-    monkeypatch.setattr(jax, "device_count", lambda: 1)
-    monkeypatch.setattr(jax.nn, "dot_product_attention", kernel)
+    seen = pretend(monkeypatch, capability)
     x = jax.ShapeDtypeStruct((1, tokens, 2, depth), dtype)
     mask = np.ones((tokens, tokens), bool) if masked else None
     jax.eval_shape(lambda x: attention(x, x, x, mask), x)
@@ -204,5 +213,38 @@ def test_a_mask_is_not_dropped_by_the_fused_kernel():
 
 
 def test_unknown_implementations_are_refused():
-    with pytest.raises(ValueError, match="choose chunked or cudnn"):
+    with pytest.raises(ValueError, match="choose auto, chunked or cudnn"):
         attention(*arrays(), implementation="flash")
+    with pytest.raises(ValueError, match="unknown attention 'cudnn': choose one of"):
+        described("cudnn")  # its autoencoder's head is too wide for that
+
+
+def described(how):
+    vae = AutoencoderKLConfig(
+        block_out_channels=(32, 64), latent_channels=4, norm_num_groups=8, layers_per_block=1
+    )
+    unet, _ = presets.get("d3_turbo")
+    return DepthModel(unet, vae, presets.SINGLE_STEP, dtype="bfloat16", attention=how)
+
+
+@pytest.mark.parametrize("part", ["unet", "encoder", "decoder"])
+def test_a_model_may_be_told_to_do_without_the_fused_kernel(monkeypatch, part):
+    seen = pretend(monkeypatch, "9.0")
+
+    def fused(how):
+        del seen[:]
+        model = described(how)
+        inputs = {
+            "unet": ((1, 32, 32, 8), (), (1, 77, 1024)),
+            "encoder": ((1, 16, 16, 3),),
+            "decoder": ((1, 8, 8, 4),),
+        }[part]
+        inputs = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in inputs]
+        jax.eval_shape(
+            lambda params, *x: model.modules[part].apply({"params": params}, *x),
+            *(abstract_params(model)[part], *inputs),
+        )
+        return len(seen)
+
+    assert fused("auto") > 0
+    assert fused("chunked") == 0

@@ -40,8 +40,8 @@ class FakePipeline:
 
     @classmethod
     def from_pretrained(
-        cls, path_or_hub_id, *, dtype="float32", fold=True, revision=None, variant=None,
-        subfolder=None, cache_dir=None, token=None, local_files_only=False,
+        cls, path_or_hub_id, *, dtype="float32", attention="auto", fold=True, revision=None,
+        variant=None, subfolder=None, cache_dir=None, token=None, local_files_only=False,
     ):  # fmt: skip
         cls.loaded = dict(locals())
         cls.last = cls()
@@ -146,16 +146,16 @@ def test_passes_every_setting_on(fake, tmp_path):
     picture = write(tmp_path / "a.png")
     options = (
         "--processing-resolution 64 --steps 4 --ensemble-size 3 --batch-size 2 --dtype bfloat16 "
-        "--revision main --variant fp16 --subfolder sub --cache-dir cache --offline --uncertainty "
-        "--seed 7"
+        "--attention chunked --revision main --variant fp16 --subfolder sub --cache-dir cache "
+        "--offline --uncertainty --seed 7"
     )
     code = predict(picture, *options.split(), out=tmp_path / "out", model="owner/name")
     assert code == 0
     loaded = {k: v for k, v in fake.loaded.items() if k != "cls"}
     assert loaded == {
-        "path_or_hub_id": "owner/name", "dtype": "bfloat16", "fold": True, "revision": "main",
-        "variant": "fp16", "subfolder": "sub", "cache_dir": "cache", "token": None,
-        "local_files_only": True,
+        "path_or_hub_id": "owner/name", "dtype": "bfloat16", "attention": "chunked",
+        "fold": True, "revision": "main", "variant": "fp16", "subfolder": "sub",
+        "cache_dir": "cache", "token": None, "local_files_only": True,
     }  # fmt: skip
     (settings,) = fake.last.settings
     assert fake.last.checked == settings | {"batch_size": 2}

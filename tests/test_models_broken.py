@@ -65,8 +65,8 @@ def flipped(timestep, dim, *, flip_sin_to_cos, freq_shift, original=layers.times
     return original(timestep, dim, flip_sin_to_cos=not flip_sin_to_cos, freq_shift=freq_shift)
 
 
-def unscaled_attention(q, k, v, original=layers.attention):
-    return original(q * q.shape[-1] ** 0.5, k, v)
+def unscaled_attention(q, k, v, original=layers.attention, **how):
+    return original(q * q.shape[-1] ** 0.5, k, v, **how)
 
 
 BREAKS = {

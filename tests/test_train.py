@@ -185,6 +185,7 @@ def test_a_workdir_of_other_settings_is_refused(pairs, tmp_path):
     assert (tmp_path / "config.json").read_text() == before
     config = teacher_config(pairs, steps=2)
     config.eval.batch_size, config.train.log_every = 1, 2  # nothing depends on them
+    config.model.attention = "chunked"
     train.run(config, tmp_path)
 
 

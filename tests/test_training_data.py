@@ -77,6 +77,7 @@ def test_settings_that_make_no_sense_are_told_at_once(roots):
     config = mixture(roots)
     config.data.crop = "left"
     config.data.flip = 2.0
+    config.model.attention = "flash"
     config.data.batch_size = config.train.log_every = config.eval.every = 0
     config.eval.num_images = -3
     config.schedule.learning_rate = -1e-3
@@ -87,6 +88,7 @@ def test_settings_that_make_no_sense_are_told_at_once(roots):
         check_config.check(config)
     for words in (
         "unknown data.crop 'left'",
+        "unknown model.attention 'flash': choose one of ['auto', 'chunked']",
         "data.flip is a probability, not 2.0",
         "data.batch_size is at least 1, not 0",
         "train.log_every is at least 1, not 0",

@@ -122,9 +122,9 @@ def eps_in(name):
     )
 
 
-def two_heads(q, k, v, mask=None, original=layers.attention):
+def two_heads(q, k, v, original=layers.attention, **how):
     q, k, v = (x.reshape(*x.shape[:2], 2, -1) for x in (q, k, v))
-    return original(q, k, v, mask)
+    return original(q, k, v, **how)
 
 
 BREAKS = {

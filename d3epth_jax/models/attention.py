@@ -3,6 +3,9 @@
 import jax
 import jax.numpy as jnp
 
+# What a whole model may be told: no fused kernel takes every attention that there is.
+OF_A_MODEL = ("auto", "chunked")
+
 # Logits that are held at a time: on a CPU about as many as its caches hold.
 MAX_LOGITS = {"cpu": 2**20, "accelerator": 2**27}
 MIN_QUERIES = 32  # but those of so many: all keys and values are read for each chunk
@@ -15,19 +18,19 @@ def attention(
     v: jax.Array,
     mask: jax.Array | None = None,
     *,
-    implementation: str | None = None,
+    implementation: str = "auto",
 ) -> jax.Array:
     """Attention, its softmax in float32: q [B, N, heads, D], k and v [B, M, heads, D] -> as q.
 
     mask: bool [N, M], False where a query must not look; every query sees something.
     implementation: "chunked" holds at most `MAX_LOGITS` logits at a time, or those of `MIN_QUERIES`
       queries, "cudnn" is the fused kernel of an NVIDIA GPU, for 16-bit types and without a mask;
-      None: cudnn where it can be and there are keys enough, else chunked. That is also a TPU's:
+      "auto": cudnn where it can be and there are keys enough, else chunked. That is also a TPU's:
       the fused kernels that JAX has for one have not been tried here.
 
     ValueError for another implementation, and for cudnn with a mask.
     """
-    if implementation is None:
+    if implementation == "auto":
         fused = _device_has_cudnn_attention() and q.dtype.itemsize == 2 and mask is None
         fits = q.shape[-1] <= 128 and q.shape[-1] % 8 == 0 and k.shape[1] >= FUSED_MIN_KEYS
         # To a prompt on one device alone: of several each has all of it but only its share of the
@@ -39,7 +42,7 @@ def attention(
             raise ValueError("attention by cudnn takes no mask here: choose chunked")
         return jax.nn.dot_product_attention(q, k, v, implementation="cudnn")
     if implementation != "chunked":
-        raise ValueError(f"unknown attention {implementation!r}: choose chunked or cudnn")
+        raise ValueError(f"unknown attention {implementation!r}: choose auto, chunked or cudnn")
     return _chunked(q, k, v, mask)
 
 

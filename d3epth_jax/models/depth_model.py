@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from d3epth_jax.models.attention import OF_A_MODEL
 from d3epth_jax.models.config import AutoencoderKLConfig, TinyAutoencoderConfig, UNetConfig
 from d3epth_jax.models.folding import NOT_FOLDED, Folding
 from d3epth_jax.models.tiny_vae import TinyDecoder, TinyEncoder
@@ -41,6 +42,7 @@ class DepthModel:
       base: what the weights come from, OWNER/NAME@COMMIT or a folder's name; "" for nothing.
       dtype: compute type of the networks, one of COMPUTE_TYPES; parameters stay float32.
       remat: recompute activations in the backward pass instead of keeping them.
+      attention: how it is computed, "auto" or "chunked" (`models.attention`).
       folding: what the parameters have folded into them.
     """
 
@@ -57,11 +59,14 @@ class DepthModel:
     base: str = ""
     dtype: str = "float32"
     remat: bool = False
+    attention: str = "auto"
     folding: Folding = NOT_FOLDED
 
     def __post_init__(self):
         if self.dtype not in COMPUTE_TYPES:
             raise ValueError(f"unknown compute type {self.dtype!r}: choose one of {COMPUTE_TYPES}")
+        if self.attention not in OF_A_MODEL:
+            raise ValueError(f"unknown attention {self.attention!r}: choose one of {OF_A_MODEL}")
         latent = self.autoencoder.latent_channels
         if self.unet.in_channels not in (latent, 2 * latent) or self.unet.out_channels != latent:
             raise ValueError(
@@ -86,6 +91,7 @@ class DepthModel:
         options = {
             "dtype": jnp.dtype(self.dtype),
             "remat": self.remat,
+            "attention": self.attention,
             "folding": self.folding,
         }
         return {"unet": UNet(self.unet, **options), **_autoencoder(self.autoencoder, **options)}
@@ -96,9 +102,12 @@ class DepthModel:
         return needs_prompt(self.unet, self.folding)
 
 
-def _autoencoder(config: AutoencoderConfig, **options) -> dict:
-    kl = isinstance(config, AutoencoderKLConfig)
-    encoder, decoder = (KLEncoder, KLDecoder) if kl else (TinyEncoder, TinyDecoder)
+def _autoencoder(config: AutoencoderConfig, *, attention: str = "auto", **options) -> dict:
+    if isinstance(config, AutoencoderKLConfig):
+        encoder, decoder = KLEncoder, KLDecoder
+        options["attention"] = attention
+    else:
+        encoder, decoder = TinyEncoder, TinyDecoder  # without any
     return {"encoder": encoder(config, **options), "decoder": decoder(config, **options)}
 
 

@@ -133,11 +133,18 @@ class ResnetBlock(nn.Module):
 
 
 def project_and_attend(
-    x: jax.Array, context: jax.Array, *, heads: int, dtype: Any, use_bias: bool = False
+    x: jax.Array,
+    context: jax.Array,
+    *,
+    heads: int,
+    dtype: Any,
+    implementation: str,
+    use_bias: bool = False,
 ) -> jax.Array:
     """Multi-head attention from x [B, N, C] to context [1 or B, M, D], with its projections.
 
-    Called from a compact module, whose the projections become. `use_bias`: of to_q, to_k, to_v.
+    Called from a compact module, whose the projections become. `implementation`: of `attention`.
+    `use_bias`: of to_q, to_k, to_v.
     """
     batch, tokens, channels = x.shape
 
@@ -147,7 +154,8 @@ def project_and_attend(
         # A prompt shared by the batch is projected once.
         return jnp.broadcast_to(y, (batch, *y.shape[1:]))
 
-    out = attention(project("to_q", x), project("to_k", context), project("to_v", context))
+    q, k, v = project("to_q", x), project("to_k", context), project("to_v", context)
+    out = attention(q, k, v, implementation=implementation)
     return dense("to_out_0", channels, dtype)(out.reshape(batch, tokens, channels))
 
 
@@ -156,10 +164,12 @@ class Attention(nn.Module):
 
     heads: int
     dtype: Any
+    implementation: str = "auto"
 
     @nn.compact
     def __call__(self, x, context):
-        return project_and_attend(x, context, heads=self.heads, dtype=self.dtype)
+        settings = {name: getattr(self, name) for name in ("heads", "dtype", "implementation")}
+        return project_and_attend(x, context, **settings)
 
 
 def collapses(channels: int, heads: int, tokens: int) -> bool:
@@ -265,23 +275,25 @@ class FeedForward(nn.Module):
 class TransformerBlock(nn.Module):
     """Self-attention, attention to the prompt [1 or B, M, D], feed-forward; x [B, N, C].
 
+    attention: its implementation.
     folded_tokens: of a prompt that is folded into the parameters; 0: it is not.
     """
 
     heads: int
     dtype: Any
+    attention: str = "auto"
     folded_tokens: int = 0
 
     @nn.compact
     def __call__(self, x, prompt):
         h = LayerNorm(self.dtype, name="norm1")(x)
-        x += Attention(self.heads, self.dtype, name="attn1")(h, h)
+        x += Attention(self.heads, self.dtype, self.attention, name="attn1")(h, h)
         h = LayerNorm(self.dtype, name="norm2")(x)
         tokens = self.folded_tokens
         if tokens and collapses(x.shape[-1], self.heads, tokens):
             x += CollapsedAttention(self.heads, tokens, self.dtype, name="attn2")(h)
         else:
-            x += Attention(self.heads, self.dtype, name="attn2")(h, prompt)
+            x += Attention(self.heads, self.dtype, self.attention, name="attn2")(h, prompt)
         h = LayerNorm(self.dtype, name="norm3")(x)
         return x + FeedForward(self.dtype, name="ff")(h)
 
@@ -297,6 +309,7 @@ class SpatialTransformer(nn.Module):
     groups: int
     linear: bool
     dtype: Any
+    attention: str = "auto"
     folded_tokens: int = 0
 
     @nn.compact
@@ -310,9 +323,8 @@ class SpatialTransformer(nn.Module):
 
         h = group_norm("norm", self.groups, TRANSFORMER_NORM_EPS, self.dtype)(x)
         h = project("proj_in")(h).reshape(batch, height * width, channels)
-        block = TransformerBlock(
-            self.heads, self.dtype, self.folded_tokens, name="transformer_blocks_0"
-        )
+        settings = (self.heads, self.dtype, self.attention, self.folded_tokens)
+        block = TransformerBlock(*settings, name="transformer_blocks_0")
         h = block(h, prompt)
         h = project("proj_out")(h.reshape(batch, height, width, channels))
         return x + h, h

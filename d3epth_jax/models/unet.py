@@ -28,6 +28,7 @@ class UNet(nn.Module):
     config: UNetConfig
     dtype: Any = jnp.float32
     remat: bool = False
+    attention: str = "auto"
     folding: Folding = NOT_FOLDED
 
     @nn.compact
@@ -81,7 +82,7 @@ class UNet(nn.Module):
         return nn.silu(temb)  # every resnet begins with it
 
     def _shared(self, level: int, attend: bool) -> dict[str, Any]:
-        names = ("config", "dtype", "remat", "folding")
+        names = ("config", "dtype", "remat", "attention", "folding")
         return {name: getattr(self, name) for name in names} | {"level": level, "attend": attend}
 
 
@@ -93,6 +94,7 @@ class _Block(nn.Module):
     attend: bool
     dtype: Any
     remat: bool
+    attention: str
     folding: Folding
 
     @property
@@ -112,6 +114,7 @@ class _Block(nn.Module):
             c.norm_num_groups,
             c.use_linear_projection,
             self.dtype,
+            self.attention,
             self.folding.prompt_tokens,
             name=f"attentions_{i}",
         )

@@ -25,10 +25,12 @@ class _Part(nn.Module):
     config: AutoencoderKLConfig
     dtype: Any = jnp.float32
     remat: bool = False
+    attention: str = "auto"
     folding: Folding = NOT_FOLDED
 
     def _shared(self) -> dict[str, Any]:
-        return {name: getattr(self, name) for name in ("config", "dtype", "remat", "folding")}
+        names = ("config", "dtype", "remat", "attention", "folding")
+        return {name: getattr(self, name) for name in names}
 
     def norm_out(self, x):
         """What is before the last convolution."""
@@ -121,7 +123,8 @@ class _MidBlock(_Block):
         x = self.resnet(0, channels)(x)
         if self.config.mid_block_add_attention:
             module = nn.remat(SpatialAttention) if self.remat else SpatialAttention
-            x = module(self.config.norm_num_groups, self.dtype, name="attentions_0")(x)
+            groups = self.config.norm_num_groups
+            x = module(groups, self.dtype, self.attention, name="attentions_0")(x)
         return self.resnet(1, channels)(x)
 
 
@@ -145,10 +148,12 @@ class SpatialAttention(nn.Module):
 
     groups: int
     dtype: Any
+    attention: str = "auto"
 
     @nn.compact
     def __call__(self, x):
         h = layers.group_norm("group_norm", self.groups, layers.VAE_NORM_EPS, self.dtype)(x)
         h = h.reshape(x.shape[0], -1, x.shape[-1])
-        h = layers.project_and_attend(h, h, heads=1, dtype=self.dtype, use_bias=True)
+        settings = {"heads": 1, "dtype": self.dtype, "implementation": self.attention}
+        h = layers.project_and_attend(h, h, use_bias=True, **settings)
         return x + h.reshape(x.shape)

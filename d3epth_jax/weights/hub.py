@@ -62,6 +62,7 @@ def load_model(
     dtype: str = "float32",
     param_dtype: str | None = "float32",
     remat: bool = False,
+    attention: str = "auto",
     any_pipeline: bool = False,
     variant: str | None = None,
     **where,
@@ -69,7 +70,7 @@ def load_model(
     """Reads a model from a directory or from the hub.
 
     Args:
-      dtype, remat: of the computation (DepthModel).
+      dtype, remat, attention: of the computation (DepthModel).
       param_dtype: of the parameters; None keeps each file's own.
       any_pipeline: also read a Stable Diffusion, which predicts no depth yet: a training's start.
       variant: "fp16" reads `*.fp16.safetensors`.
@@ -94,7 +95,8 @@ def load_model(
             f" --config.init={path_or_hub_id}"
         )
     base = model.base or _origin(path_or_hub_id, directory)
-    model = dataclasses.replace(model, base=base, dtype=dtype, remat=remat)
+    computed = {"dtype": dtype, "remat": remat, "attention": attention}
+    model = dataclasses.replace(model, base=base, **computed)
     params, text = _read_weights(directory, model, variant, param_dtype)
     if model.unet.needs_prompt:
         params["prompt"] = _read_prompt(directory, model, text)
