@@ -141,7 +141,9 @@ def training(stage: str) -> ConfigDict:
             "unet": "own",  # "teacher": pruned from the teacher's as BK-SDM (needs no `init`)
             "encoder": "own",  # "teacher": the teacher's, shape and weights
             "decoder": "own",
-            "prediction_type": "depth",  # | disparity | sqrt_disparity
+            # depth | disparity | sqrt_disparity; unset: what the model to start from predicts, else
+            # the teacher, else depth.
+            "prediction_type": placeholder(str),
             "processing_resolution": 0,
             # Width / height that pictures are stretched to; given, also of a model that goes on.
             "processing_aspect": placeholder(float),

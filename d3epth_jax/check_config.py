@@ -53,7 +53,7 @@ def _check_choices(config) -> None:
     choices["model.attention"] = (config.model.attention, OF_A_MODEL)
     choices["optim.moments"] = (config.optim.moments, optim.MOMENTS)
     choices["conv_in_bias"] = (config.conv_in_bias, surgery.BIASES)
-    choices["model.prediction_type"] = (config.model.prediction_type, SPACES)
+    choices["model.prediction_type"] = (config.model.prediction_type, (None, *SPACES))
     problems = [
         f"unknown {name} {value!r}: choose one of {list(known)}"
         for name, (value, known) in choices.items()

@@ -163,13 +163,11 @@ def make_student(config, teacher: Start) -> Start:
 
 def _read_student(config) -> Start:
     shape = {key: config.model[key] for key in ("processing_resolution", "processing_aspect")}
-    space = config.model.prediction_type
     # What is trained at one shape has that one from then on.
     reshaped = shape if config.model.processing_aspect is not None else {}
     if (pathlib.Path(config.init) / "checkpoints").is_dir():
         start = read_run(pathlib.Path(config.init))
-        settings = {**_computation(config), **reshaped}
-        _tell_of_space(start.model, space)
+        settings = {**_computation(config), **_space(config, start.model), **reshaped}
         return start._replace(model=dataclasses.replace(start.model, **settings))
     model, params, text, predicts_depth = hub.load_model(
         config.init,
@@ -182,24 +180,34 @@ def _read_student(config) -> Start:
         model, params, widen=config.conv_in_bias if plain else ""
     )
     if predicts_depth:
-        _tell_of_space(model, space)
+        reshaped |= _space(config, model)
     else:
-        reshaped = {"prediction_type": space, **shape}
+        reshaped = {"prediction_type": config.model.prediction_type or "depth", **shape}
     return Start(dataclasses.replace(model, **reshaped), params, text)
 
 
 def _computation(config) -> dict:
     """The settings of a DepthModel that no weights have."""
-    return {name: config.model[name] for name in ("dtype", "remat", "attention")}
+    how = {name: config.model[name] for name in ("dtype", "remat")}
+    return how | {"attention": config.model.get("attention", "auto")}  # runs of before have none
 
 
-def _tell_of_space(model: DepthModel, space: str) -> None:
-    """A model that predicts depth, in whatever space, keeps it: "depth" may be the default."""
-    if space not in ("depth", model.prediction_type):
-        log.warning(
-            "model.prediction_type=%s does nothing: the model to start from predicts %s",
-            *(space, model.prediction_type),
+def _space(config, model: DepthModel) -> dict:
+    """What a model that predicts depth, in whatever space, is to predict from now on."""
+    before, now = model.prediction_type, config.model.prediction_type
+    # Runs of before `attention` was a setting kept what they began with, whatever they were told.
+    if now in (None, before) or "attention" not in config.model:
+        return {}
+    turns = config.stage == "pixel" and "depth" in (before, now)
+    if turns and not (config.loss.options.upright and config.loss.beta.range):
+        advice = (
+            ", and what was large is small now, which a loss with a free scale does not see: set"
+            " loss.options.upright=True and loss.beta.range=0.5"
         )
+    else:
+        advice = ""
+    log.warning("the model to start from predicts %s; it learns %s instead%s", before, now, advice)
+    return {"prediction_type": now}
 
 
 def _student_of_preset(config, teacher: Start) -> Start:
@@ -207,6 +215,7 @@ def _student_of_preset(config, teacher: Start) -> Start:
     if parts and teacher.model is None:
         raise ValueError(f"model.{parts[0]}='teacher', but there is no teacher (teacher.path)")
     unet, autoencoder = presets.get(config.model.preset)
+    taught = teacher.model and teacher.model.prediction_type
     shared = [part for part in parts if part != "unet"]
     if len(shared) == 2:
         autoencoder = teacher.model.autoencoder
@@ -216,7 +225,7 @@ def _student_of_preset(config, teacher: Start) -> Start:
         unet,
         autoencoder,
         presets.SINGLE_STEP,
-        prediction_type=config.model.prediction_type,
+        prediction_type=config.model.prediction_type or taught or "depth",
         processing_resolution=config.model.processing_resolution,
         processing_aspect=config.model.processing_aspect,
         **_computation(config),

@@ -66,6 +66,8 @@ def claim(workdir: pathlib.Path, config, *, in_use: bool) -> None:
 def _binding(settings: dict) -> dict:
     """{dotted key: value} of the settings that a run keeps."""
     flat = flatten_dict(settings, sep=".")
+    # Its default was "depth" once, with the same effect.
+    flat["model.prediction_type"] = flat.get("model.prediction_type") or "depth"
     return {key: value for key, value in flat.items() if not f".{key}".endswith(FREE)}
 
 

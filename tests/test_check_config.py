@@ -73,17 +73,50 @@ def test_a_model_that_goes_on_at_one_shape_has_that_one(tmp_path):
     assert (went_on.processing_resolution, went_on.processing_aspect) == (48, 1.5)
 
 
-def test_a_space_that_a_start_does_not_predict_in_is_told(tmp_path, caplog):
+def test_a_model_goes_on_in_its_space_or_learns_the_one_that_is_asked_for(tmp_path, caplog):
     model = small_model(prediction_type="disparity")
     hub.save_model(tmp_path / "model", model, init_params(model, 0))
     config = stage2.get_config()
     config.init = str(tmp_path / "model")
-    for space, told in (("depth", False), ("disparity", False), ("sqrt_disparity", True)):
-        config.model.prediction_type = space  # "depth" says nothing: it is the default
+    for asked, becomes, told in (
+        (None, "disparity", ""),
+        ("disparity", "disparity", ""),
+        (
+            "sqrt_disparity",
+            "sqrt_disparity",
+            "predicts disparity; it learns sqrt_disparity instead",
+        ),
+        ("depth", "depth", "what was large is small now"),
+    ):
+        config.model.prediction_type = asked
         caplog.clear()
         start = from_config.make_student(config, from_config.Start())
-        assert start.model.prediction_type == "disparity"
-        assert ("prediction_type=sqrt_disparity does nothing" in caplog.text) is told
+        assert start.model.prediction_type == becomes
+        assert told in caplog.text and bool(caplog.text) is bool(told)
+    config.loss.options.upright, config.loss.beta.range = True, 0.5
+    caplog.clear()
+    from_config.make_student(config, from_config.Start())
+    assert "learns depth instead" in caplog.text and "small now" not in caplog.text
+
+
+def test_a_run_of_before_the_space_was_obeyed_is_read_as_it_was_trained(tmp_path):
+    model = small_model(prediction_type="disparity")
+    hub.save_model(tmp_path / "model", model, init_params(model, 0))
+    config = stage2.get_config()
+    config.init = str(tmp_path / "model")
+    config.model.prediction_type = "depth"
+    del config.model.attention
+    start = from_config.make_student(config, from_config.Start())
+    assert (start.model.prediction_type, start.model.attention) == ("disparity", "auto")
+
+
+def test_a_student_of_a_preset_predicts_what_its_teacher_does(tmp_path):
+    config = quickstart.stage1(tiny=True)
+    teacher = from_config.Start(small_model(prediction_type="disparity"), {"prompt": None})
+    config.model.prediction_type = None
+    assert from_config.make_student(config, teacher).model.prediction_type == "disparity"
+    nothing = from_config.Start()
+    assert from_config.make_student(config, nothing).model.prediction_type == "depth"
 
 
 def test_a_teacher_whose_one_step_has_hardly_any_noise_is_told_of(tmp_path, caplog):
