@@ -2,6 +2,7 @@ import csv
 import json
 import logging
 import os
+import shutil
 
 import numpy as np
 import pytest
@@ -284,6 +285,30 @@ def test_split_and_list(tmp_path):
     # A damaged pair moves no other from one side of the split to the other.
     write_pair(tmp_path, "a", "1", depth=0)
     assert names(split="validation", on_error="skip") == ["a/4", "b/4"]
+
+
+def test_what_is_wrong_with_files_outside_the_list_does_not_matter(tmp_path):
+    for name in ("1", "2", "3"):
+        write_pair(tmp_path, "a", name)
+    (tmp_path / "a/depth/2.png").unlink()
+    shutil.copy(tmp_path / "a/rgb/3.png", tmp_path / "a/rgb/3.jpg")
+    path = tmp_path / "list.txt"
+    path.write_text("a/1\n")
+    assert len(folder(tmp_path, depth_scale=1000, filename_list=path)) == 1
+    path.write_text("a/1\na/2\na/3\n")
+    with pytest.raises(SourceError) as error:
+        folder(tmp_path, depth_scale=1000, filename_list=path)
+    assert "missing depth" in str(error.value) and "same name as 3.jpg" in str(error.value)
+
+
+def test_a_name_of_two_files_is_no_pair(tmp_path):
+    for name in ("1", "2"):
+        write_pair(tmp_path, "a", name)
+    shutil.copy(tmp_path / "a/rgb/2.png", tmp_path / "a/rgb/2.jpg")
+    with pytest.raises(SourceError, match=r"same name as 2\.jpg; keep one"):
+        folder(tmp_path, depth_scale=1000)
+    source = folder(tmp_path, depth_scale=1000, on_error="skip")  # which of them is not known
+    assert [source.name(i) for i in range(len(source))] == ["a/1"]
 
 
 def test_a_list_of_one_side_or_both_moves_no_pair(tmp_path):

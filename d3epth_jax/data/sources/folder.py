@@ -26,6 +26,8 @@ from d3epth_jax.data.sources.files import FileSource, Item, SourceError
 PICTURES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".ppm"}
 DEPTHS = {".png", ".npy"}
 
+Problem = tuple[str, str]  # of which sample, "" where that is not known, and what
+
 
 def folder(
     path,
@@ -60,10 +62,13 @@ def folder(
     root = files.require_folder(path)
     if not index:
         index = next((n for n in ("index.json", "index.csv") if (root / n).is_file()), "")
-    items, problems = (
+    items, found = (
         _find_pairs(root, depth_scale) if not index else _read_index(root / index, depth_scale)
     )
-    if not items and not problems:
+    # What is wrong with files that a list does not ask for does not matter.
+    asked = _names_in(filename_list) if filename_list else {name for name, _ in found}
+    problems = [text for name, text in found if name in asked or not name]
+    if not items and not found:
         problems.append("no pairs: neither an index nor folders rgb/ and depth/ beside each other")
     everything = items
     if split and items:
@@ -119,7 +124,7 @@ def read_depth(path, depth_scale: float | None = None) -> np.ndarray:
     return np.where(np.isfinite(depth) & (depth > 0), depth, np.float32(0))
 
 
-def _read_index(path: Path, depth_scale: float | None) -> tuple[list[Item], list[str]]:
+def _read_index(path: Path, depth_scale: float | None) -> tuple[list[Item], list[Problem]]:
     """Pairs of an index file, and what is wrong with its entries."""
     try:
         if path.suffix.lower() == ".csv":
@@ -152,7 +157,7 @@ def _read_index(path: Path, depth_scale: float | None) -> tuple[list[Item], list
                 " it in metres, and leave depth_scale out"
             )
         if bad:
-            problems += [f"{path.name}, entry {number}: {text}" for text in bad]
+            problems += [("", f"{path.name}, entry {number}: {text}") for text in bad]
             continue
         source = texts["source"]
         name = texts["name"] or Path(texts["rgb"]).stem
@@ -176,42 +181,54 @@ def _locate(root: Path, source: str, text: str) -> Path:
     return beside if beside.is_file() and not inside.is_file() else inside
 
 
-def _find_pairs(root: Path, depth_scale: float | None) -> tuple[list[Item], list[str]]:
-    """Pairs rgb/NAME.* and depth/NAME.* below the root, and the files without a partner."""
+def _names_in(filename_list) -> set[str]:
+    try:
+        return {line for _, line in files.numbered_lines(filename_list)}
+    except ValueError:
+        return set()  # `files.choose` says why
+
+
+def _find_pairs(root: Path, depth_scale: float | None) -> tuple[list[Item], list[Problem]]:
+    """Pairs rgb/NAME.* and depth/NAME.* below the root, and files that make no pair."""
     pairs, problems = [], []
     for folder, children in _walk(root):
         if not {"rgb", "depth"} <= set(children):
             continue
         source = folder.relative_to(root).as_posix().removeprefix(".")
         for below in sorted({*_subfolders(folder / "rgb"), *_subfolders(folder / "depth")}):
-            pictures = _by_stem(folder / "rgb" / below, PICTURES, problems)
-            depths = _by_stem(folder / "depth" / below, DEPTHS, problems)
+            pictures = _by_stem(folder / "rgb" / below, PICTURES)
+            depths = _by_stem(folder / "depth" / below, DEPTHS)
             group = "/".join(filter(None, (source, below)))
             for stem in sorted(pictures | depths):
+                name = f"{group}/{stem}" if group else stem
+                found = [*pictures.get(stem, []), *depths.get(stem, [])]
+                wrong = [
+                    f"{other}: same name as {first.name}; keep one"
+                    for first, *others in (x[stem] for x in (pictures, depths) if stem in x)
+                    for other in others
+                ]
                 if stem not in depths:
                     wanted = folder / "depth" / below / stem
-                    problems.append(f"{pictures[stem]}: missing depth {wanted}.png or .npy")
-                elif stem not in pictures:
+                    wrong.append(f"{found[0]}: missing depth {wanted}.png or .npy")
+                if stem not in pictures:
                     wanted = folder / "rgb" / below / stem
-                    problems.append(f"{depths[stem]}: missing image {wanted}.png or .jpg")
-                else:
-                    name = f"{group}/{stem}" if group else stem
-                    pair = {"image": pictures[stem], "depth": depths[stem]}
-                    pairs.append(Item(name, group or root.name, pair, {"depth_scale": depth_scale}))
+                    wrong.append(f"{found[0]}: missing image {wanted}.png or .jpg")
+                if wrong:
+                    problems += [(name, text) for text in wrong]
+                    continue
+                pair = dict(zip(("image", "depth"), found, strict=True))
+                pairs.append(Item(name, group or root.name, pair, {"depth_scale": depth_scale}))
             if not below and pictures and depths:
                 break  # what lies below pairs is previews, other sizes and the like
     return pairs, problems
 
 
-def _by_stem(folder: Path, suffixes: set[str], problems: list[str]) -> dict[str, Path]:
-    """A folder's files of these suffixes, none where it is not there; equal stems are told."""
-    found: dict[str, Path] = {}
+def _by_stem(folder: Path, suffixes: set[str]) -> dict[str, list[Path]]:
+    """A folder's files of these suffixes, none where it is not there."""
+    found: dict[str, list[Path]] = {}
     for file in sorted(folder.iterdir()) if folder.is_dir() else ():
-        if file.suffix.lower() not in suffixes or file.name.startswith("."):
-            continue
-        if file.stem in found:
-            problems.append(f"{file}: same name as {found[file.stem].name}; keep one")
-        found[file.stem] = file
+        if file.suffix.lower() in suffixes and not file.name.startswith("."):
+            found.setdefault(file.stem, []).append(file)
     return found
 
 
