@@ -1,8 +1,16 @@
-"""Types of argparse's arguments that refuse what is out of range, in a sentence."""
+"""Types of argparse's arguments that refuse what makes no sense, in a sentence."""
 
 import argparse
 import math
+import pathlib
 from collections.abc import Callable
+
+
+def a_path(text: str) -> pathlib.Path:
+    """`type=` of a file or folder. An empty one, of an unset variable, is not where you are."""
+    if not text:
+        raise argparse.ArgumentTypeError("an empty name; for the folder you are in say .")
+    return pathlib.Path(text)
 
 
 def in_range(kind: type, least: float, most: float = math.inf) -> Callable[[str], float]:

@@ -14,7 +14,7 @@ import sys
 from collections.abc import Iterable, Iterator, Sequence
 
 from d3epth_jax import atomic, data_cli
-from d3epth_jax.argument_types import in_range
+from d3epth_jax.argument_types import a_path, in_range
 from d3epth_jax.bench import cli as bench_cli
 from d3epth_jax.pictures import EXPECTED, Picture, find_pictures, name_outputs, reason
 
@@ -52,10 +52,10 @@ def add_predict(commands) -> None:
     )
     parser.set_defaults(run=predict, fail=parser.error)
     add = parser.add_argument
-    add("inputs", nargs="+", type=pathlib.Path, metavar="IMAGE_OR_DIR", help="folders: recursively")
+    add("inputs", nargs="+", type=a_path, metavar="IMAGE_OR_DIR", help="folders: recursively")
     add("--model", help="a directory in diffusers' layout, a hub id OWNER/NAME, or one that comes "
         "with the package: nano (the default), nano-teacher")  # fmt: skip
-    add("--out", default="depth_maps", type=pathlib.Path,
+    add("--out", default="depth_maps", type=a_path,
         help="folder of the results, made as needed; default: depth_maps")  # fmt: skip
     add("--processing-resolution", type=in_range(int, 0), metavar="N",
         help="longest side the networks see; 0: the picture's; default: the model's")  # fmt: skip
@@ -108,7 +108,7 @@ def add_convert(commands) -> None:
     parser.set_defaults(run=convert)
     add = parser.add_argument
     add("source", help="a model directory, a hub id OWNER/NAME, or the workdir of a run")
-    add("out", type=pathlib.Path, help="the directory to write; an old one is replaced")
+    add("out", type=a_path, help="the directory to write; an old one is replaced")
     add("--dtype", choices=("float32", "bfloat16", "float16"), help="default: as they are")
     add("--save-variant", metavar="NAME", help="put into the names of the weights' files (fp16)")
     add("--layout", choices=("diffusers", "orbax"), default="diffusers",

@@ -12,7 +12,7 @@ import sys
 import time
 from collections.abc import Sequence
 
-from d3epth_jax.argument_types import in_range
+from d3epth_jax.argument_types import a_path, in_range
 from d3epth_jax.progress import Progress
 
 OK, PROBLEMS, UNUSABLE = 0, 1, 2
@@ -40,8 +40,8 @@ def _add_check(commands) -> None:
     parser.set_defaults(run=check)
     _add_source(parser)
     add = parser.add_argument
-    add("--out", type=pathlib.Path, metavar="PNG", help=f"draw {SHEET_ROWS} samples as a sheet")
-    add("--write-list", type=pathlib.Path, metavar="TXT",
+    add("--out", type=a_path, metavar="PNG", help=f"draw {SHEET_ROWS} samples as a sheet")
+    add("--write-list", type=a_path, metavar="TXT",
         help="write names without problems that pass the filters, for `filename_list`")  # fmt: skip
     _add_filters(parser)
 
@@ -57,7 +57,7 @@ def _add_build(commands) -> None:
     parser.set_defaults(run=build)
     _add_source(parser)
     add = parser.add_argument
-    add("--out", required=True, type=pathlib.Path, help="folder of data sets")
+    add("--out", required=True, type=a_path, help="folder of data sets")
     add("--name", help="of the data set; default: the source's")
     add("--split", help="its name there; default: the source's setting `split`, or train")
     add("--height", type=in_range(int, 1), help="scale and crop to this size; default: as they are")

@@ -420,6 +420,7 @@ def test_interrupted_keeps_what_is_done(fake, tmp_path, capsys):
         (["--seed", "9" * 23], "must be in 0..4294967295, not 999"),
         (["--uncertainty"], "set --ensemble-size to 3 or more"),
         (["--color-map", "jet"], "choose from"),
+        ([""], "an empty name; for the folder you are in say ."),
     ],
 )
 def test_wrong_arguments(fake, tmp_path, capsys, arguments, message):

@@ -14,6 +14,7 @@ import subprocess
 import sys
 
 from d3epth_jax import __version__
+from d3epth_jax.argument_types import a_path
 from d3epth_jax.bench import measure
 from d3epth_jax.bench.plan import WHAT, plan
 
@@ -79,7 +80,7 @@ def add_bench(commands) -> None:
         " them, hold a row against one of --ahead 1, with another --out")  # fmt: skip
     add("--resume", action="store_true",
         help="keep what --out has, and measure what it has not; else it begins anew")  # fmt: skip
-    add("--out", type=pathlib.Path, metavar="DIR",
+    add("--out", type=a_path, metavar="DIR",
         help="bench.json, bench.md and macs.png; --all: bench")  # fmt: skip
 
 
