@@ -129,7 +129,8 @@ def training(stage: str) -> ConfigDict:
     config.fsdp = 1  # devices that share one copy of the parameters
 
     # The student: read from `init` (a directory in diffusers' layout or a hub id, also of a plain
-    # Stable Diffusion) with all its settings but dtype, remat, attention; else made of a preset.
+    # Stable Diffusion) with its settings, else made of a preset. dtype, remat and attention below
+    # hold for it as well, prediction_type and processing_aspect where they are given.
     config.init = ""
     config.init_version = version()
     config.conv_in_bias = "keep"  # | "halve", where Stable Diffusion's conv_in is widened

@@ -55,7 +55,7 @@ def read_teacher(config) -> Start:
     model, params, text, _ = hub.load_model(
         config.teacher.path,
         dtype=config.model.dtype,
-        attention=config.model.attention,
+        attention=config.model.get("attention", "auto"),  # a config of one's own may lack it
         **_version(config.teacher),
     )
     steps = teacher_steps(config, model)
@@ -147,7 +147,7 @@ def make_student(config, teacher: Start) -> Start:
 
     It has the one form in which models are trained here (`surgery.to_single_step`).
     """
-    start = _read_student(config) if config.init else _student_of_preset(config, teacher)
+    start = _read_student(config, teacher) if config.init else _student_of_preset(config, teacher)
     if not config.autoencoder.path:
         return start
     autoencoder, parts = hub.load_autoencoder(
@@ -161,7 +161,7 @@ def make_student(config, teacher: Start) -> Start:
     return start._replace(model=model, params={**start.params, **parts})
 
 
-def _read_student(config) -> Start:
+def _read_student(config, teacher: Start) -> Start:
     shape = {key: config.model[key] for key in ("processing_resolution", "processing_aspect")}
     # What is trained at one shape has that one from then on.
     reshaped = shape if config.model.processing_aspect is not None else {}
@@ -182,31 +182,34 @@ def _read_student(config) -> Start:
     if predicts_depth:
         reshaped |= _space(config, model)
     else:
-        reshaped = {"prediction_type": config.model.prediction_type or "depth", **shape}
+        reshaped = {"prediction_type": _fresh_space(config, teacher), **shape}
     return Start(dataclasses.replace(model, **reshaped), params, text)
 
 
 def _computation(config) -> dict:
     """The settings of a DepthModel that no weights have."""
-    how = {name: config.model[name] for name in ("dtype", "remat")}
-    return how | {"attention": config.model.get("attention", "auto")}  # runs of before have none
+    return {name: config.model[name] for name in ("dtype", "remat", "attention")}
+
+
+def _fresh_space(config, teacher: Start) -> str:
+    """What a model that predicts nothing yet is to predict."""
+    taught = teacher.model and teacher.model.prediction_type
+    return config.model.prediction_type or taught or "depth"
 
 
 def _space(config, model: DepthModel) -> dict:
     """What a model that predicts depth, in whatever space, is to predict from now on."""
     before, now = model.prediction_type, config.model.prediction_type
-    # Runs of before `attention` was a setting kept what they began with, whatever they were told.
-    if now in (None, before) or "attention" not in config.model:
+    if now in (None, before) or config.model.get("keeps_space"):  # as runs.obeyed
         return {}
     turns = config.stage == "pixel" and "depth" in (before, now)
     if turns and not (config.loss.options.upright and config.loss.beta.range):
-        advice = (
-            ", and what was large is small now, which a loss with a free scale does not see: set"
-            " loss.options.upright=True and loss.beta.range=0.5"
+        raise ValueError(
+            f"the model to start from predicts {before}, and what is large there is small in {now},"
+            " which a loss with a free scale does not see: set loss.options.upright=True and"
+            f" loss.beta.range=0.5, or leave out model.prediction_type={now}"
         )
-    else:
-        advice = ""
-    log.warning("the model to start from predicts %s; it learns %s instead%s", before, now, advice)
+    log.info("the model to start from predicts %s; it learns %s instead", before, now)
     return {"prediction_type": now}
 
 
@@ -215,7 +218,6 @@ def _student_of_preset(config, teacher: Start) -> Start:
     if parts and teacher.model is None:
         raise ValueError(f"model.{parts[0]}='teacher', but there is no teacher (teacher.path)")
     unet, autoencoder = presets.get(config.model.preset)
-    taught = teacher.model and teacher.model.prediction_type
     shared = [part for part in parts if part != "unet"]
     if len(shared) == 2:
         autoencoder = teacher.model.autoencoder
@@ -225,7 +227,7 @@ def _student_of_preset(config, teacher: Start) -> Start:
         unet,
         autoencoder,
         presets.SINGLE_STEP,
-        prediction_type=config.model.prediction_type or taught or "depth",
+        prediction_type=_fresh_space(config, teacher),
         processing_resolution=config.model.processing_resolution,
         processing_aspect=config.model.processing_aspect,
         **_computation(config),
@@ -362,6 +364,7 @@ def read_run(workdir: pathlib.Path) -> Start:
             f"{workdir} is no workdir of a run: no config.json, no checkpoints/"
         )
     config = ConfigDict(json.loads(path.read_text()))
+    config = runs.obeyed(config, config)
     runs.check_origins(workdir, config)
     with Checkpoints(workdir / "checkpoints", keep=config.train.keep_checkpoints) as checkpoints:
         if checkpoints.latest is None:

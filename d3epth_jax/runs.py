@@ -7,12 +7,13 @@ import pathlib
 from collections.abc import Iterator, Mapping
 
 from flax.traverse_util import flatten_dict
+from ml_collections import ConfigDict
 
 from d3epth_jax import atomic, hosts
 from d3epth_jax.weights import files, hub
 
-# Ends of keys that may differ where a run goes on: nothing of what comes out depends on them.
-# (Where a run is says its path; a config alone says where it would be.)
+# Ends of keys that may differ where a run goes on: nothing of what comes out depends on them, but
+# for rounding. (Where a run is says its path; a config alone says where it would be.)
 FREE = (
     *(".workdir", ".train.log_every", ".train.checkpoint_every", ".train.keep_checkpoints"),
     *(".model.attention", ".train.profile", ".eval.batch_size", ".eval.num_pictures"),
@@ -40,16 +41,21 @@ def _write(path: pathlib.Path, content: Mapping) -> None:
         files.write_json(path, content)
 
 
-def claim(workdir: pathlib.Path, config, *, in_use: bool) -> None:
-    """Writes the config to the workdir; ValueError if it is in use by a run with other settings.
+def claim(workdir: pathlib.Path, config, *, in_use: bool) -> ConfigDict:
+    """Writes the config to the workdir and returns it, as the run that is there obeys it.
 
-    A finished or interrupted run is never mistaken for, or mixed with, another one; one that died
-    before its first checkpoint, of a wrong setting perhaps, left nothing to mix.
+    Raises ValueError if the workdir is in use by a run with other settings. A finished or
+    interrupted run is never mistaken for, or mixed with, another one; one that died before its
+    first checkpoint, of a wrong setting perhaps, left nothing to mix.
     """
     path = workdir / "config.json"
+    saved = files.read_json(path) if in_use and path.exists() else None
+    if saved is not None:
+        config = obeyed(config, saved)
     now = json.loads(config.to_json_best_effort())
-    if in_use and path.exists():
-        before, wanted = (_binding(settings) for settings in (files.read_json(path), now))
+    if saved is not None:
+        saved = json.loads(obeyed(ConfigDict(saved), saved).to_json_best_effort())
+        before, wanted = _binding(saved), _binding(now)
         changed = [
             f"{key}: {before.get(key)} -> {wanted.get(key)}"
             for key in sorted(before.keys() | wanted.keys())
@@ -61,13 +67,32 @@ def claim(workdir: pathlib.Path, config, *, in_use: bool) -> None:
                 f" Changed: {'; '.join(changed)}"
             )
     _write(path, now)
+    return config
+
+
+def obeyed(config, saved: Mapping) -> ConfigDict:
+    """The config as a run obeys it that was begun with the settings `saved`.
+
+    Until `model.attention` was a setting, a model that went on kept the space that it predicted in
+    whatever `model.prediction_type` said, whose default was "depth". Such a run still does.
+    """
+    of_model = saved.get("model", {})
+    if "prediction_type" not in of_model or (
+        "attention" in of_model and not of_model.get("keeps_space")
+    ):
+        return config
+    config = config.copy_and_resolve_references()
+    with config.unlocked():
+        config.model.keeps_space = True
+        config.model.attention = config.model.get("attention", "auto")
+        if config.model.prediction_type is None:
+            config.model.prediction_type = of_model["prediction_type"]
+    return config
 
 
 def _binding(settings: dict) -> dict:
     """{dotted key: value} of the settings that a run keeps."""
     flat = flatten_dict(settings, sep=".")
-    # Its default was "depth" once, with the same effect.
-    flat["model.prediction_type"] = flat.get("model.prediction_type") or "depth"
     return {key: value for key, value in flat.items() if not f".{key}".endswith(FREE)}
 
 

@@ -69,7 +69,7 @@ def run(config, workdir: pathlib.Path) -> pathlib.Path:
         Checkpoints(workdir / "checkpoints", keep=config.train.keep_checkpoints) as checkpoints,
     ):
         in_use = checkpoints.latest is not None
-        runs.claim(workdir, config, in_use=in_use)
+        config = runs.claim(workdir, config, in_use=in_use)
         if checkpoints.latest == config.train.steps and output.is_dir():
             runs.claim_origins(workdir, config, in_use=True)
             log.info("%s is already trained (%d steps)", output, config.train.steps)

@@ -61,7 +61,8 @@ def test_all_wrong_settings_are_told_before_anything_is_trained(tmp_path):
 
 
 def test_a_model_that_goes_on_at_one_shape_has_that_one(tmp_path):
-    model = small_model(processing_resolution=48, processing_aspect=1.5)
+    space = "sqrt_disparity"  # nano's
+    model = small_model(processing_resolution=48, processing_aspect=1.5, prediction_type=space)
     hub.save_model(tmp_path / "model", model, init_params(model, 0))
     config = nano.stage2(tiny=True)
     config.init = str(tmp_path / "model")
@@ -78,36 +79,21 @@ def test_a_model_goes_on_in_its_space_or_learns_the_one_that_is_asked_for(tmp_pa
     hub.save_model(tmp_path / "model", model, init_params(model, 0))
     config = stage2.get_config()
     config.init = str(tmp_path / "model")
-    for asked, becomes, told in (
-        (None, "disparity", ""),
-        ("disparity", "disparity", ""),
-        (
-            "sqrt_disparity",
-            "sqrt_disparity",
-            "predicts disparity; it learns sqrt_disparity instead",
-        ),
-        ("depth", "depth", "what was large is small now"),
-    ):
-        config.model.prediction_type = asked
+
+    def becomes(space):
+        config.model.prediction_type = space
         caplog.clear()
-        start = from_config.make_student(config, from_config.Start())
-        assert start.model.prediction_type == becomes
-        assert told in caplog.text and bool(caplog.text) is bool(told)
-    config.loss.options.upright, config.loss.beta.range = True, 0.5
-    caplog.clear()
-    from_config.make_student(config, from_config.Start())
-    assert "learns depth instead" in caplog.text and "small now" not in caplog.text
+        return from_config.make_student(config, from_config.Start()).model.prediction_type
 
-
-def test_a_run_of_before_the_space_was_obeyed_is_read_as_it_was_trained(tmp_path):
-    model = small_model(prediction_type="disparity")
-    hub.save_model(tmp_path / "model", model, init_params(model, 0))
-    config = stage2.get_config()
-    config.init = str(tmp_path / "model")
-    config.model.prediction_type = "depth"
-    del config.model.attention
-    start = from_config.make_student(config, from_config.Start())
-    assert (start.model.prediction_type, start.model.attention) == ("disparity", "auto")
+    with caplog.at_level(logging.INFO):
+        assert becomes(None) == becomes("disparity") == "disparity"
+        assert "instead" not in caplog.text
+        assert becomes("sqrt_disparity") == "sqrt_disparity"
+        assert "predicts disparity; it learns sqrt_disparity instead" in caplog.text
+        with pytest.raises(ValueError, match=r"set loss\.options\.upright=True and loss"):
+            becomes("depth")  # the other way round
+        config.loss.options.upright, config.loss.beta.range = True, 0.5
+        assert becomes("depth") == "depth"
 
 
 def test_a_student_of_a_preset_predicts_what_its_teacher_does(tmp_path):
@@ -117,6 +103,11 @@ def test_a_student_of_a_preset_predicts_what_its_teacher_does(tmp_path):
     assert from_config.make_student(config, teacher).model.prediction_type == "disparity"
     nothing = from_config.Start()
     assert from_config.make_student(config, nothing).model.prediction_type == "depth"
+    hub.save_model(tmp_path / "sd", small_model(), init_params(small_model(), 0))
+    index = tmp_path / "sd/model_index.json"
+    index.write_text(index.read_text().replace("MarigoldDepthPipeline", "StableDiffusionPipeline"))
+    config.init = str(tmp_path / "sd")  # predicts no depth yet
+    assert from_config.make_student(config, teacher).model.prediction_type == "disparity"
 
 
 def test_a_teacher_whose_one_step_has_hardly_any_noise_is_told_of(tmp_path, caplog):

@@ -1,4 +1,4 @@
-"""nano: the models that the package ships, trained from scratch on rendered scenes alone.
+"""nano: models like those that the package ships, from scratch on rendered scenes alone.
 
     python -m d3epth_jax.main --config=configs/nano/train.py          # an hour on 2 CPU cores
     python -m d3epth_jax.main --config=configs/nano/train.py:student  # three hours: of nano-teacher
@@ -142,7 +142,8 @@ def get_config(argument: str | None = None) -> ConfigDict:
         config.jobs = config.jobs[1:]
         del config.teacher
         config.stage1.teacher.path = SHIPPED_TEACHER
-        config.evaluation.models["D2-nano, the teacher"] = SHIPPED_TEACHER
+        teacher_of_all = config.stage1.teacher.get_oneway_ref("path")
+        config.evaluation.models["D2-nano, the teacher"] = teacher_of_all
     for name, (steps, batch_size) in {"student": STUDENT, "long": LONG}.get(word, {}).items():
         longer(config[name], steps, batch_size)
     return config
