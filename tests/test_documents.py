@@ -1,0 +1,45 @@
+"""README, METHOD and RESULTS: what they link to, and what the code cites of them, is there."""
+
+import pathlib
+import re
+
+import pytest
+
+ROOT = pathlib.Path(__file__).parents[1]
+DOCUMENTS = ("README.md", "METHOD.md", "RESULTS.md")
+
+
+def headings(document: pathlib.Path) -> list[str]:
+    text = re.sub(r"```.*?```", "", document.read_text(), flags=re.DOTALL)
+    return re.findall(r"^#+ (.*)$", text, re.MULTILINE)
+
+
+def anchor(heading: str) -> str:
+    """As GitHub makes it."""
+    return re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-")
+
+
+@pytest.mark.parametrize("name", DOCUMENTS)
+def test_links_lead_somewhere(name):
+    links = re.findall(r"\]\(([^)]+)\)", (ROOT / name).read_text())
+    assert links
+    broken = []
+    for link in links:
+        path, _, place = link.partition("#")
+        there = ROOT / (path or name)
+        if path.startswith("https://"):
+            continue
+        if not there.exists() or (place and place not in map(anchor, headings(there))):
+            broken.append(link)
+    assert not broken
+
+
+def test_cited_sections_of_the_method_exist():
+    sections = {heading.split(".")[0] for heading in headings(ROOT / "METHOD.md")}
+    files = [
+        path
+        for folder in ("d3epth_jax", "configs", "tests")
+        for path in ROOT.glob(f"{folder}/**/*.py")
+    ]
+    cited = {n for path in files for n in re.findall(r"METHOD (\d+)", path.read_text())}
+    assert cited and cited <= sections
