@@ -7,7 +7,6 @@ import pathlib
 from collections.abc import Iterator, Mapping
 
 from flax.traverse_util import flatten_dict
-from ml_collections import ConfigDict
 
 from d3epth_jax import atomic, hosts
 from d3epth_jax.weights import files, hub
@@ -41,7 +40,7 @@ def _write(path: pathlib.Path, content: Mapping) -> None:
         files.write_json(path, content)
 
 
-def claim(workdir: pathlib.Path, config, *, in_use: bool) -> ConfigDict:
+def claim(workdir: pathlib.Path, config, *, in_use: bool):
     """Writes the config to the workdir and returns it, as the run that is there obeys it.
 
     Raises ValueError if the workdir is in use by a run with other settings. A finished or
@@ -49,12 +48,12 @@ def claim(workdir: pathlib.Path, config, *, in_use: bool) -> ConfigDict:
     first checkpoint, of a wrong setting perhaps, left nothing to mix.
     """
     path = workdir / "config.json"
-    saved = files.read_json(path) if in_use and path.exists() else None
-    if saved is not None:
-        config = obeyed(config, saved)
+    saved = files.read_json(path) if in_use and path.exists() else {}
+    config = obeyed(config, saved)
     now = json.loads(config.to_json_best_effort())
-    if saved is not None:
-        saved = json.loads(obeyed(ConfigDict(saved), saved).to_json_best_effort())
+    if saved:
+        if _of_before(saved):
+            _mark(saved["model"])
         before, wanted = _binding(saved), _binding(now)
         changed = [
             f"{key}: {before.get(key)} -> {wanted.get(key)}"
@@ -70,24 +69,30 @@ def claim(workdir: pathlib.Path, config, *, in_use: bool) -> ConfigDict:
     return config
 
 
-def obeyed(config, saved: Mapping) -> ConfigDict:
+def obeyed(config, saved: Mapping):
     """The config as a run obeys it that was begun with the settings `saved`.
 
     Until `model.attention` was a setting, a model that went on kept the space that it predicted in
     whatever `model.prediction_type` said, whose default was "depth". Such a run still does.
     """
-    of_model = saved.get("model", {})
-    if "prediction_type" not in of_model or (
-        "attention" in of_model and not of_model.get("keeps_space")
-    ):
+    if not _of_before(saved):
         return config
     config = config.copy_and_resolve_references()
     with config.unlocked():
-        config.model.keeps_space = True
-        config.model.attention = config.model.get("attention", "auto")
+        _mark(config.model)
         if config.model.prediction_type is None:
-            config.model.prediction_type = of_model["prediction_type"]
+            config.model.prediction_type = saved["model"]["prediction_type"]
     return config
+
+
+def _of_before(saved: Mapping) -> bool:
+    model = saved.get("model", {})
+    return "prediction_type" in model and ("attention" not in model or "keeps_space" in model)
+
+
+def _mark(model) -> None:
+    model["keeps_space"] = True
+    model["attention"] = model.get("attention", "auto")
 
 
 def _binding(settings: dict) -> dict:

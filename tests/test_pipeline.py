@@ -300,8 +300,8 @@ def test_what_is_unusual_is_told_once(caplog):
 def test_public_signature_of_loading():
     parameters = inspect.signature(d3epth_jax.DepthPipeline.from_pretrained).parameters
     assert {name: p.default for name, p in list(parameters.items())[1:]} == {
-        "dtype": "float32", "fold": True, "revision": None, "variant": None, "subfolder": None,
-        "cache_dir": None, "token": None, "local_files_only": False,
+        "dtype": "float32", "attention": "auto", "fold": True, "revision": None, "variant": None,
+        "subfolder": None, "cache_dir": None, "token": None, "local_files_only": False,
     }  # fmt: skip
     with pytest.raises(TypeError, match="any_pipeline"):
         d3epth_jax.DepthPipeline.from_pretrained("somewhere", any_pipeline=True)

@@ -100,7 +100,7 @@ def test_a_run_goes_on_in_no_other_space(tmp_path):
             runs.claim(tmp_path, config, in_use=True)
     (tmp_path / "config.json").write_text(json.dumps(of_before(config)))
     config.model.prediction_type = "sqrt_disparity"
-    with pytest.raises(ValueError, match="prediction_type: depth -> sqrt_disparity"):
+    with pytest.raises(ValueError, match="prediction_type: disparity -> sqrt_disparity"):
         runs.claim(tmp_path, config, in_use=True)
 
 
