@@ -5,7 +5,8 @@ import re
 
 import pytest
 
-ROOT = pathlib.Path(__file__).parents[1]
+from tests.test_style import ROOT, python_files
+
 DOCUMENTS = ("README.md", "METHOD.md", "RESULTS.md")
 
 
@@ -36,10 +37,5 @@ def test_links_lead_somewhere(name):
 
 def test_cited_sections_of_the_method_exist():
     sections = {heading.split(".")[0] for heading in headings(ROOT / "METHOD.md")}
-    files = [
-        path
-        for folder in ("d3epth_jax", "configs", "tests")
-        for path in ROOT.glob(f"{folder}/**/*.py")
-    ]
-    cited = {n for path in files for n in re.findall(r"METHOD (\d+)", path.read_text())}
+    cited = {n for path in python_files() for n in re.findall(r"METHOD (\d+)", path.read_text())}
     assert cited and cited <= sections

@@ -23,6 +23,7 @@ LARGER = 144, 192  # finer maps, at 2.3 times the cost of a step
 STUDENT = {"stage1": (6000, 16), "stage2": (14_000, 16), "larger": (6000, 16)}  # steps, batch size
 LONG = {"teacher": (9600, 64), **STUDENT}
 SHIPPED_TEACHER = "nano-teacher"
+TEACHER = "D2-nano, the teacher"  # its row in tables
 PIXEL_ASPECTS = (0.4, 2.5)  # so that pictures from 9:16 to 10:3 may be stretched to that shape
 
 
@@ -71,7 +72,7 @@ def larger(tiny: bool = False) -> ConfigDict:
 
 def evaluation(tiny: bool = False) -> ConfigDict:
     models = {
-        "D2-nano, the teacher": "{workdir}/teacher/model",
+        TEACHER: "{workdir}/teacher/model",
         "D3-nano after stage 1": "{workdir}/stage1/model",
         "D3-nano after stage 2": "{workdir}/stage2/model",
         "D3-nano, larger pictures": "{workdir}/larger/model",
@@ -142,8 +143,7 @@ def get_config(argument: str | None = None) -> ConfigDict:
         config.jobs = config.jobs[1:]
         del config.teacher
         config.stage1.teacher.path = SHIPPED_TEACHER
-        teacher_of_all = config.stage1.teacher.get_oneway_ref("path")
-        config.evaluation.models["D2-nano, the teacher"] = teacher_of_all
+        config.evaluation.models[TEACHER] = config.stage1.teacher.get_oneway_ref("path")
     for name, (steps, batch_size) in {"student": STUDENT, "long": LONG}.get(word, {}).items():
         longer(config[name], steps, batch_size)
     return config

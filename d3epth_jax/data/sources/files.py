@@ -303,10 +303,18 @@ def _unique(items: Iterable[Item]) -> tuple[list[Item], list[str]]:
     return list(by_name.values()), problems
 
 
+Problem = tuple[str, str]  # of which sample, "" where that is not known, and what
+
+
 def choose(
-    items: list[Item], filename_list, name_of: Callable[[str], str | None] | None = None
+    items: list[Item],
+    filename_list,
+    name_of: Callable[[str], str | None] | None = None,
+    broken: Sequence[Problem] = (),
 ) -> tuple[list[Item], list[str]]:
     """The items a list names, in its order and once each, and what it names in vain.
+
+    broken: what is wrong with files that are no items, told of those that the list names.
 
     A line is an item's name, or with `name_of` the path of its picture and what else the published
     lists have ("rgb depth ..."). Such a line whose depth is "None", as in KITTI's, is passed over.
@@ -328,6 +336,7 @@ def choose(
             chosen[name] = known[name]
         else:
             problems.append(f"{filename_list}, line {number}: no sample is called {wanted!r}")
+            problems += [text for of, text in broken if of == name]
     if not chosen and not problems:
         problems.append(f"{filename_list}: it names no sample")
     return list(chosen.values()), problems

@@ -21,12 +21,10 @@ import numpy as np
 
 from d3epth_jax import image as image_lib
 from d3epth_jax.data.sources import files
-from d3epth_jax.data.sources.files import FileSource, Item, SourceError
+from d3epth_jax.data.sources.files import FileSource, Item, Problem, SourceError
 
 PICTURES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".ppm"}
 DEPTHS = {".png", ".npy"}
-
-Problem = tuple[str, str]  # of which sample, "" where that is not known, and what
 
 
 def folder(
@@ -65,9 +63,8 @@ def folder(
     items, found = (
         _find_pairs(root, depth_scale) if not index else _read_index(root / index, depth_scale)
     )
-    # What is wrong with files that a list does not ask for does not matter.
-    asked = _names_in(filename_list) if filename_list else {name for name, _ in found}
-    problems = [text for name, text in found if name in asked or not name]
+    # Of files that a list does not ask for it does not matter what is wrong.
+    problems = [text for name, text in found if not (name and filename_list)]
     if not items and not found:
         problems.append("no pairs: neither an index nor folders rgb/ and depth/ beside each other")
     everything = items
@@ -78,7 +75,7 @@ def folder(
         if not items:
             problems.append(f"split {split!r} is empty")
     if filename_list:
-        listed, unknown = files.choose(everything, filename_list)
+        listed, unknown = files.choose(everything, filename_list, broken=found)
         of_split = {item.name: item for item in items}
         items = [of_split[item.name] for item in listed if item.name in of_split]
         problems += unknown
@@ -179,13 +176,6 @@ def _locate(root: Path, source: str, text: str) -> Path:
     """The file in the folder of its source, or beside it where only that exists."""
     inside, beside = root / source / text, root / text
     return beside if beside.is_file() and not inside.is_file() else inside
-
-
-def _names_in(filename_list) -> set[str]:
-    try:
-        return {line for _, line in files.numbered_lines(filename_list)}
-    except ValueError:
-        return set()  # `files.choose` says why
 
 
 def _find_pairs(root: Path, depth_scale: float | None) -> tuple[list[Item], list[Problem]]:
