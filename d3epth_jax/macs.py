@@ -16,7 +16,7 @@ import numpy as np
 from jax.extend import core
 
 from d3epth_jax import inference
-from d3epth_jax.models import attention, convolution
+from d3epth_jax.models import attention, convolve
 from d3epth_jax.models.depth_model import DepthModel, abstract_params, count_params
 from d3epth_jax.typing import Params
 from d3epth_jax.weights import fold, keys
@@ -77,14 +77,14 @@ def plain_forms() -> Iterator[None]:
     Chunks are filled up with queries that nobody asked for, and a product with patches, which a CPU
     computes some convolutions as, does not tell which taps are on the padding.
     """
-    limits, cells = dict(attention.MAX_LOGITS), convolution.PATCHES_MAX_CELLS
+    limits, patches = dict(attention.MAX_LOGITS), dict(convolve.PATCHES)
     attention.MAX_LOGITS.update(dict.fromkeys(limits, sys.maxsize))
-    convolution.PATCHES_MAX_CELLS = 0
+    convolve.PATCHES.clear()
     try:
         yield
     finally:
         attention.MAX_LOGITS.update(limits)
-        convolution.PATCHES_MAX_CELLS = cells
+        convolve.PATCHES.update(patches)
 
 
 def part_programs(

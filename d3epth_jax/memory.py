@@ -1,4 +1,4 @@
-"""The memory of this process: what it has held at most, and giving back what it holds no more."""
+"""The memory of this process: what it has held at most, and what becomes of what it frees."""
 
 import contextlib
 import ctypes
@@ -35,3 +35,19 @@ def give_back() -> None:
     """
     with contextlib.suppress(OSError, AttributeError, TypeError):
         ctypes.CDLL(None).malloc_trim(0)
+
+
+_TRIM_THRESHOLD, _MMAP_MAX, _ARENA_MAX = -1, -4, -8  # of glibc's malloc.h
+
+
+def keep_freed() -> None:
+    """Lets this process keep what it frees, for its next arrays (glibc; elsewhere nothing happens).
+
+    By default glibc returns large blocks to the system, which clears each page of the next one
+    anew: on a CPU that took a fifth of a training step's time and more of a large prediction's.
+    For the program that owns the process to call, before there are threads.
+    """
+    with contextlib.suppress(OSError, AttributeError, TypeError):
+        mallopt = ctypes.CDLL(None).mallopt
+        for option, value in ((_TRIM_THRESHOLD, -1), (_MMAP_MAX, 0), (_ARENA_MAX, 1)):
+            mallopt(option, value)

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from d3epth_jax.models import convolution
+from d3epth_jax.models import convolution, convolve
 
 NHWC = ("NHWC", "HWIO", "NHWC")
 SAME, SD_VAE = ((1, 1), (1, 1)), ((0, 1), (0, 1))
@@ -26,7 +26,7 @@ def random(*shape):
 @pytest.fixture
 def patches(monkeypatch):
     """Patches for every number of channels, as for a thousand."""
-    monkeypatch.setattr(convolution, "PATCHES_MIN_CHANNELS", 1)
+    monkeypatch.setitem(convolve.PATCHES, "all", ((1, None),) * 3)
 
 
 @pytest.mark.parametrize(
@@ -48,7 +48,7 @@ def test_patches_give_the_convolution_and_its_gradients(patches, size, kernel, s
         return jax.lax.conv_general_dilated(x, k, strides, padding, dimension_numbers=NHWC)
 
     def ours(x, k):
-        return convolution.convolve(x, k, strides, padding)
+        return convolve.convolve(x, k, strides, padding)
 
     assert "conv_general_dilated" not in str(jax.make_jaxpr(ours)(x, k))
     results = []
@@ -77,14 +77,14 @@ def test_only_small_maps_of_many_channels_are_taken_apart(shape, small):
 def test_dilated_and_grouped_convolutions_are_xlas(patches, options, channels):
     x, k = random(2, 7, 8, 6), random(3, 3, channels, 4)
     expected = jax.lax.conv_general_dilated(x, k, (1, 1), SAME, dimension_numbers=NHWC, **options)
-    got = convolution.convolve(x, k, (1, 1), SAME, **options)
+    got = convolve.convolve(x, k, (1, 1), SAME, **options)
     np.testing.assert_allclose(got, expected, atol=2e-5)
 
 
 @pytest.fixture
 def weave(monkeypatch):
     """Woven row by row for every size, as for the largest maps."""
-    monkeypatch.setattr(convolution, "WEAVE_ROWS_MIN", 1)
+    monkeypatch.setattr(convolve, "WEAVE_ROWS_MIN", 1)
 
 
 def phase_conv(x, kernel, bias, size, dtype=jnp.float32):
@@ -94,7 +94,7 @@ def phase_conv(x, kernel, bias, size, dtype=jnp.float32):
 
 def plain_conv(x, kernel, bias, size, dtype=jnp.float32):
     x = convolution.upsample_nearest(x, size).astype(dtype)
-    return convolution.convolve(x, kernel.astype(dtype), (1, 1), SAME) + bias.astype(dtype)
+    return convolve.convolve(x, kernel.astype(dtype), (1, 1), SAME) + bias.astype(dtype)
 
 
 @pytest.mark.parametrize("batch", [1, 2])

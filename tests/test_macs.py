@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from d3epth_jax import inference, macs
-from d3epth_jax.models import attention, convolution, presets
+from d3epth_jax.models import attention, convolve, presets
 from d3epth_jax.models.depth_model import DepthModel, abstract_params
 from d3epth_jax.weights import fold
 from tests.conftest import small_model, small_unet
@@ -48,10 +48,10 @@ def test_numbers_do_not_depend_on_the_form_that_a_device_computes_fast(monkeypat
     once = macs.of_model(model, params, (96, 128), batch=2)
     monkeypatch.setitem(attention.MAX_LOGITS, "cpu", 1000)
     monkeypatch.setattr(attention, "MIN_QUERIES", 1)
-    monkeypatch.setattr(convolution, "PATCHES_MIN_CHANNELS", 1)
+    monkeypatch.setitem(convolve.PATCHES, "all", ((1, None),) * 3)
     limits = dict(attention.MAX_LOGITS)
     assert macs.of_model(model, params, (96, 128), batch=2) == once
-    assert limits == attention.MAX_LOGITS and convolution.PATCHES_MAX_CELLS > 0
+    assert limits == attention.MAX_LOGITS and convolve.PATCHES
     bfloat = dataclasses.replace(model, dtype="bfloat16", remat=True)
     assert macs.of_model(bfloat, params, (96, 128), batch=2) == once
     # A loop over chunks does the same products, and more where the last chunk is filled up.

@@ -1,4 +1,4 @@
-"""Convolutions and changes of size, NHWC, each in the form that is fast where it runs.
+"""Convolutions and changes of size as layers, NHWC.
 
 Numeric details are named here as in layers.py (METHOD 1), for tests to break on purpose.
 """
@@ -10,12 +10,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from d3epth_jax.models.convolve import convolve, weave
+
 DOWNSAMPLE_PADDING = ((1, 1), (1, 1))
 VAE_DOWNSAMPLE_PADDING = ((0, 1), (0, 1))
 # Random parameters are depth_model.init_params' business: Linen is only asked for shapes, and
 # tracing its own initialisers would take a third of that.
 ABSENT = nn.initializers.zeros
-_NHWC = ("NHWC", "HWIO", "NHWC")
 
 
 def conv(
@@ -41,35 +42,6 @@ def conv(
         conv_general_dilated=convolve,
         name=name,
     )
-
-
-# XLA's convolutions on a CPU rearrange the kernel at each call, which is most of their time where
-# a wide kernel meets a small map: there the product with all patches is faster.
-PATCHES_MAX_CELLS, PATCHES_MIN_CHANNELS = 512, 1024
-
-
-def convolve(x, kernel, strides, padding, *, dimension_numbers=_NHWC, **options):
-    """`lax.conv_general_dilated` of NHWC and HWIO, in the form that is fast where it runs."""
-    taps = kernel.shape[:2]
-    height, width = (
-        (side + sum(pad) - size) // stride + 1
-        for side, pad, size, stride in zip(x.shape[1:3], padding, taps, strides, strict=True)
-    )
-    small = x.shape[0] * height * width <= PATCHES_MAX_CELLS
-    wide = kernel.shape[2] >= PATCHES_MIN_CHANNELS
-    plain = all(value in (None, 1, (1, 1)) for value in options.values())  # no dilation, no groups
-    if not (small and wide and plain and jax.default_backend() == "cpu"):
-        return jax.lax.conv_general_dilated(
-            x, kernel, strides, padding, dimension_numbers=dimension_numbers, **options
-        )
-    x = jnp.pad(x, ((0, 0), *padding, (0, 0)))
-    down, right = strides
-    patches = [
-        x[:, i : i + down * (height - 1) + 1 : down, j : j + right * (width - 1) + 1 : right]
-        for i in range(taps[0])
-        for j in range(taps[1])
-    ]
-    return jnp.concatenate(patches, -1) @ kernel.reshape(-1, kernel.shape[-1])
 
 
 def upsample_nearest(x: jax.Array, size: tuple[int, int]) -> jax.Array:
@@ -152,34 +124,12 @@ class PhaseConv(nn.Module):
             kernel = whole_kernel(kernel.astype(jnp.float32)).astype(self.dtype)
             return convolve(x, kernel, (1, 1), ((1, 1), (1, 1))) + bias
         kernel = kernel.astype(self.dtype)
-        return _weave(
+        return weave(
             [
                 [convolve(x, kernel[a, b], (1, 1), ((1 - a, a), (1 - b, b))) + bias for b in (0, 1)]
                 for a in (0, 1)
             ]
         )
-
-
-# A picture's map of so many elements is woven row by row on a CPU: of a stack, XLA keeps a copy
-# for each layer that reads it, and the largest maps of a decoder are where its memory peaks. Not
-# of a batch, which may lie on several devices: a loop over rows would gather it on each.
-WEAVE_ROWS_MIN = 2**25
-
-
-def _weave(phases):
-    """Maps [B, h, w, C] of even and odd rows, each of even and odd columns: [B, 2h, 2w, C]."""
-    batch, height, width, channels = phases[0][0].shape
-
-    def weave(phases, axis):
-        return jnp.stack([jnp.stack(row, axis + 1) for row in phases], axis)
-
-    large = batch == 1 and 4 * phases[0][0].size >= WEAVE_ROWS_MIN
-    if large and jax.default_backend() == "cpu":
-        rows = jax.tree.map(lambda x: x[0], phases)
-        y = jax.lax.map(lambda phases: weave(phases, 0), rows)
-    else:
-        y = weave(phases, 2)
-    return y.reshape(batch, 2 * height, 2 * width, channels)
 
 
 def phase_kernel(kernel):

@@ -1,0 +1,152 @@
+"""`lax.conv_general_dilated` and its gradients, each in the form that is fast where it runs.
+
+On a CPU, XLA is slow at some convolutions and at most of their gradients; there they are written as
+products, or as other convolutions. What is chosen depends on shapes alone. Reverse mode only, as
+`attention`: `jax.jvp` raises TypeError where a gradient is written out.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+
+NHWC = ("NHWC", "HWIO", "NHWC")
+
+# Where the product with all patches is faster: ranges (at least, at most) of cells of the output,
+# channels in and channels out. XLA rearranges the kernel at each call, which is most of the time
+# where a wide kernel meets a small map; and from a picture's few channels to a few dozen it is slow.
+PATCHES = {
+    "wide": ((1, 512), (1024, None), (1, None)),
+    "picture": ((1, None), (1, 4), (1, 32)),
+}
+# The kernel's gradient of narrower convolutions is fast enough.
+PRODUCTS_MIN_CHANNELS = 24
+
+
+def convolve(x, kernel, strides, padding, *, dimension_numbers=NHWC, **options):
+    """`lax.conv_general_dilated` of NHWC and HWIO, in the form that is fast where it runs."""
+    plain = all(value in (None, 1, (1, 1)) for value in options.values())  # no dilation, no groups
+    if not plain or jax.default_backend() != "cpu":
+        return jax.lax.conv_general_dilated(
+            x, kernel, strides, padding, dimension_numbers=dimension_numbers, **options
+        )
+    strides, padding = tuple(strides), tuple(map(tuple, padding))
+    if _patches_are_faster(x, kernel, strides, padding):
+        return _product(x, kernel, strides, padding)
+    return _convolution(x, kernel, strides, padding)
+
+
+def _patches_are_faster(x, kernel, strides, padding) -> bool:
+    height, width = _output(x.shape, kernel.shape, strides, padding)
+    sizes = x.shape[0] * height * width, *kernel.shape[2:]
+    return any(
+        all(low <= n <= (high or n) for n, (low, high) in zip(sizes, ranges, strict=True))
+        for ranges in PATCHES.values()
+    )
+
+
+def _output(shape, kernel_shape, strides, padding):
+    return [
+        (side + sum(pad) - size) // stride + 1
+        for side, pad, size, stride in zip(
+            shape[1:3], padding, kernel_shape[:2], strides, strict=True
+        )
+    ]
+
+
+def _plain(x, kernel, strides, padding):
+    return jax.lax.conv_general_dilated(x, kernel, strides, padding, dimension_numbers=NHWC)
+
+
+def _taps(x, kernel, strides, padding):
+    """What each tap of the kernel meets, row by row: arrays [B, h, w, Cin]."""
+    height, width = _output(x.shape, kernel.shape, strides, padding)
+    x = jnp.pad(x, ((0, 0), *padding, (0, 0)))
+    down, right = strides
+    return [
+        x[:, i : i + down * (height - 1) + 1 : down, j : j + right * (width - 1) + 1 : right]
+        for i in range(kernel.shape[0])
+        for j in range(kernel.shape[1])
+    ]
+
+
+def _product(x, kernel, strides, padding):
+    """The product of the kernel with all its patches."""
+    patches = jnp.concatenate(_taps(x, kernel, strides, padding), -1)
+    return patches @ kernel.reshape(-1, kernel.shape[-1])
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def _convolution(x, kernel, strides, padding):
+    """XLA's convolution, with gradients of our own."""
+    return _plain(x, kernel, strides, padding)
+
+
+def _forward(x, kernel, strides, padding):
+    return _plain(x, kernel, strides, padding), (x, kernel)
+
+
+def _backward(strides, padding, kept, cotangent):
+    x, kernel = kept
+    if strides == (2, 2) and min(kernel.shape[:2]) >= 2:
+        to_x = _input_gradient(cotangent, kernel, x.shape, padding)
+    else:
+        _, pullback = jax.vjp(lambda x: _plain(x, kernel, strides, padding), x)
+        (to_x,) = pullback(cotangent)
+    if min(kernel.shape[2:]) < PRODUCTS_MIN_CHANNELS:
+        _, pullback = jax.vjp(lambda k: _plain(x, k, strides, padding), kernel)
+        (to_kernel,) = pullback(cotangent)
+    else:
+        rows = cotangent.reshape(-1, cotangent.shape[-1])
+        taps = _taps(x, kernel, strides, padding)
+        to_kernel = jnp.stack([tap.reshape(-1, tap.shape[-1]).T @ rows for tap in taps])
+    return to_x, to_kernel.reshape(kernel.shape)
+
+
+_convolution.defvjp(_forward, _backward)
+
+
+def _input_gradient(cotangent, kernel, shape, padding):
+    """Of a convolution of stride 2, for its input of this shape: a convolution for each phase.
+
+    XLA's own puts zeros between the rows and columns of the cotangent, and multiplies by them.
+    """
+
+    def taps_of(phase, axis):
+        """The taps that meet rows (columns) of this parity, and how to pad the cotangent."""
+        size, low = shape[1 + axis], padding[axis][0]
+        first = (phase + low) % 2
+        count = len(range(first, kernel.shape[axis], 2))
+        farthest = (phase + low - first) // 2  # ahead of the row's own half, by its first tap
+        pad = count - 1 - farthest, (size + 1) // 2 - 1 + farthest - (cotangent.shape[1 + axis] - 1)
+        return slice(first, None, 2), pad
+
+    def phase(a, b):
+        (rows, above), (columns, beside) = taps_of(a, 0), taps_of(b, 1)
+        turned = jnp.flip(kernel[rows, columns], (0, 1)).swapaxes(2, 3)
+        return _plain(cotangent, turned, (1, 1), (above, beside))
+
+    whole = weave([[phase(a, b) for b in (0, 1)] for a in (0, 1)])
+    return whole[:, : shape[1], : shape[2]]
+
+
+# A picture's map of so many elements is woven row by row on a CPU: of a stack, XLA keeps a copy
+# for each layer that reads it, and the largest maps of a decoder are where its memory peaks. Not
+# of a batch, which may lie on several devices: a loop over rows would gather it on each.
+WEAVE_ROWS_MIN = 2**25
+
+
+def weave(phases):
+    """Maps [B, h, w, C] of even and odd rows, each of even and odd columns: [B, 2h, 2w, C]."""
+    batch, height, width, channels = phases[0][0].shape
+
+    def weave(phases, axis):
+        return jnp.stack([jnp.stack(row, axis + 1) for row in phases], axis)
+
+    large = batch == 1 and 4 * phases[0][0].size >= WEAVE_ROWS_MIN
+    if large and jax.default_backend() == "cpu":
+        rows = jax.tree.map(lambda x: x[0], phases)
+        y = jax.lax.map(lambda phases: weave(phases, 0), rows)
+    else:
+        y = weave(phases, 2)
+    return y.reshape(batch, 2 * height, 2 * width, channels)
