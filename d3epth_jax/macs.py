@@ -77,14 +77,14 @@ def plain_forms() -> Iterator[None]:
     Chunks are filled up with queries that nobody asked for, and a product with patches, which a CPU
     computes some convolutions as, does not tell which taps are on the padding.
     """
-    limits, patches = dict(attention.MAX_LOGITS), dict(convolve.PATCHES)
+    limits, backends = dict(attention.MAX_LOGITS), set(convolve.REWRITTEN_ON)
     attention.MAX_LOGITS.update(dict.fromkeys(limits, sys.maxsize))
-    convolve.PATCHES.clear()
+    convolve.REWRITTEN_ON.clear()
     try:
         yield
     finally:
         attention.MAX_LOGITS.update(limits)
-        convolve.PATCHES.update(patches)
+        convolve.REWRITTEN_ON.update(backends)
 
 
 def part_programs(

@@ -11,11 +11,16 @@ import pathlib
 import sys
 import time
 
+if __name__ == "__main__":  # before the imports below start threads
+    from d3epth_jax import memory
+
+    memory.keep_freed()
+
 from absl import app, flags
 from flax.traverse_util import flatten_dict
 from ml_collections import ConfigDict, config_flags
 
-from d3epth_jax import config_arguments, hosts, memory, sharding
+from d3epth_jax import config_arguments, hosts, sharding
 from d3epth_jax.compilation_cache import use_compilation_cache
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "The config file.", lock_config=True)
@@ -40,7 +45,6 @@ def main(argv: list[str]) -> None:
     log.setLevel(logging.INFO)
     config = CONFIG.value
     workdir = pathlib.Path(WORKDIR.value or config.workdir)
-    memory.keep_freed()
     sharding.use_cpu_cores(config.cpu_devices)
     use_compilation_cache()
     if DISTRIBUTED.value:

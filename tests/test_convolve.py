@@ -1,10 +1,13 @@
 """The form of a convolution that is fast on a CPU, against XLA's own."""
 
+import functools
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from d3epth_jax.models import convolution, convolve
 
@@ -29,41 +32,102 @@ def patches(monkeypatch):
     monkeypatch.setitem(convolve.PATCHES, "all", ((1, None),) * 3)
 
 
-@pytest.mark.parametrize(
+CASES = pytest.mark.parametrize(
     ("size", "kernel", "stride", "padding"),
     [
         ((5, 7), 3, 1, SAME),
         ((5, 8), 3, 2, SAME),
         ((6, 8), 3, 2, SD_VAE),
+        ((7, 9), 3, 2, SD_VAE),
         ((4, 5), 2, 1, ((1, 0), (0, 1))),
+        ((6, 7), 2, 2, ((0, 0), (1, 0))),
+        ((6, 9), 4, 2, ((2, 0), (1, 3))),
         ((3, 3), 1, 1, ((0, 0), (0, 0))),
+        ((4, 3), 1, 2, ((0, 0), (0, 0))),
         ((1, 1), 3, 1, SAME),
         ((1, 2), 3, 2, SAME),
     ],
 )
-def test_patches_give_the_convolution_and_its_gradients(patches, size, kernel, stride, padding):
-    x, k, strides = random(2, *size, 6), random(kernel, kernel, 6, 4), (stride, stride)
+
+
+def check_against_xla(size, kernel, stride, padding, channels):
+    """The convolution and both gradients; returns the program of all three."""
+    x, k, strides = random(2, *size, channels[0]), random(kernel, kernel, *channels), (stride,) * 2
 
     def plain(x, k):
         return jax.lax.conv_general_dilated(x, k, strides, padding, dimension_numbers=NHWC)
 
-    def ours(x, k):
-        return convolve.convolve(x, k, strides, padding)
-
-    assert "conv_general_dilated" not in str(jax.make_jaxpr(ours)(x, k))
-    results = []
-    for function in (plain, ours):
+    def with_gradients(function, x, k):
         y, pullback = jax.vjp(function, x, k)
-        results.append((y, *pullback(random(*y.shape))))
-    for expected, got in zip(*results, strict=True):
-        np.testing.assert_allclose(got, expected, atol=2e-5)
+        return y, *pullback(random(*y.shape))
+
+    def ours(x, k):
+        return with_gradients(lambda x, k: convolve.convolve(x, k, strides, padding), x, k)
+
+    for expected, got in zip(with_gradients(plain, x, k), ours(x, k), strict=True):
+        np.testing.assert_allclose(got, expected, atol=1e-6 * kernel**2 * max(channels) + 1e-5)
+    return str(jax.make_jaxpr(ours)(x, k))
+
+
+@CASES
+def test_patches_give_the_convolution_and_its_gradients(patches, size, kernel, stride, padding):
+    program = check_against_xla(size, kernel, stride, padding, (6, 4))
+    assert "conv_general_dilated" not in program
+
+
+@CASES
+@pytest.mark.parametrize("channels", [(8, 4), (5, 9)])
+def test_gradients_put_no_zeros_between_rows(size, kernel, stride, padding, channels):
+    program = check_against_xla(size, kernel, stride, padding, channels)
+    assert "lhs_dilation=(2, 2)" not in program or kernel == 1
+
+
+@pytest.mark.parametrize("transform", [jax.checkpoint, jax.vmap])
+def test_strided_gradients_of_16_bits_may_be_transformed(transform):
+    x, k = (array.astype(jnp.bfloat16) for array in (random(3, 2, 6, 8, 5), random(3, 3, 3, 5, 7)))
+    if transform is jax.checkpoint:
+        x, k = x[0], k[0]
+
+    def gradients(function):
+        def loss(x, k):
+            return jnp.sin(transform(lambda x, k: function(x, k, (2, 2), SAME))(x, k)).sum()
+
+        return jax.grad(loss, (0, 1))(x, k)
+
+    plain = functools.partial(jax.lax.conv_general_dilated, dimension_numbers=NHWC)
+    for got, expected in zip(gradients(convolve.convolve), gradients(plain), strict=True):
+        assert got.dtype == jnp.bfloat16
+        np.testing.assert_allclose(*(a.astype(np.float32) for a in (got, expected)), atol=0.05)
+
+
+@pytest.mark.parametrize("channels", [(3, 24), (8, 6)])
+def test_a_batch_on_several_devices_has_the_gradients_of_one(channels):
+    devices = jax.devices()
+    if len(devices) < 2:
+        pytest.skip("needs two devices")
+    x, k = random(2 * len(devices), 6, 8, channels[0]), random(3, 3, *channels)
+
+    @jax.jit
+    def gradients(x, k):
+        y, pullback = jax.vjp(lambda x, k: convolve.convolve(x, k, (2, 2), SAME), x, k)
+        return pullback(jnp.sin(y))
+
+    mesh = Mesh(devices, "data")
+    split = jax.device_put(x, NamedSharding(mesh, PartitionSpec("data")))
+    for got, expected in zip(gradients(split, k), gradients(x, k), strict=True):
+        np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize(
     ("shape", "small"),
-    [((1, 12, 12, 1024), True), ((1, 24, 24, 1024), False), ((1, 4, 4, 64), False)],
+    [
+        ((1, 12, 12, 1024), True),
+        ((1, 24, 24, 1024), False),
+        ((1, 4, 4, 64), False),
+        ((2, 24, 24, 3), True),
+    ],
 )
-def test_only_small_maps_of_many_channels_are_taken_apart(shape, small):
+def test_only_pictures_and_small_maps_of_many_channels_are_taken_apart(shape, small):
     module, x = Once(), jnp.zeros(shape)
     variables = jax.eval_shape(module.init, jax.random.key(0), x)
     program = str(jax.make_jaxpr(module.apply)(variables, x))

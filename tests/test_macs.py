@@ -51,7 +51,7 @@ def test_numbers_do_not_depend_on_the_form_that_a_device_computes_fast(monkeypat
     monkeypatch.setitem(convolve.PATCHES, "all", ((1, None),) * 3)
     limits = dict(attention.MAX_LOGITS)
     assert macs.of_model(model, params, (96, 128), batch=2) == once
-    assert limits == attention.MAX_LOGITS and convolve.PATCHES
+    assert limits == attention.MAX_LOGITS and convolve.REWRITTEN_ON
     bfloat = dataclasses.replace(model, dtype="bfloat16", remat=True)
     assert macs.of_model(bfloat, params, (96, 128), batch=2) == once
     # A loop over chunks does the same products, and more where the last chunk is filled up.

@@ -1,3 +1,5 @@
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,7 +10,9 @@ from hypothesis import strategies as st
 from d3epth_jax import targets
 
 SPACES = {"depth": lambda d: d, "disparity": lambda d: 1 / d, "sqrt_disparity": lambda d: d**-0.5}
+FLOATS = st.floats(width=32, allow_subnormal=False) | st.just(-math.nan)
 quantiles = jax.jit(targets.quantiles_2_98)
+order_statistics = jax.jit(targets.order_statistics)
 normalize = jax.jit(targets.normalize, static_argnames=("space", "min_valid"))
 
 
@@ -27,6 +31,21 @@ def test_quantiles_are_numpys_of_the_valid_pixels(seed, density):
         known = depth[i][mask[i]].astype(np.float64)
         expected = np.quantile(known, [0.02, 0.98]) if len(known) else [0, 0]
         np.testing.assert_allclose([low[i], high[i]], expected, rtol=1e-6)
+
+
+@settings(derandomize=True, deadline=None, max_examples=40)
+@given(
+    values=st.lists(
+        st.floats(width=32, allow_subnormal=False) | st.just(-math.nan), min_size=1, max_size=40
+    ),
+    data=st.data(),
+)
+def test_order_statistics_are_those_of_sorting(values, data):
+    values = np.float32([values, values[::-1]])
+    rank = st.integers(0, values.shape[1] - 1)
+    ranks = np.int32(data.draw(st.lists(st.tuples(rank, rank, rank), min_size=2, max_size=2)))
+    got = order_statistics(values, ranks)
+    np.testing.assert_array_equal(got, np.take_along_axis(np.sort(values), ranks, -1))
 
 
 @pytest.mark.parametrize("space", SPACES)

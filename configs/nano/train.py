@@ -20,7 +20,8 @@ from configs import common
 
 HEIGHT, WIDTH = 96, 128
 LARGER = 144, 192  # finer maps, at 2.3 times the cost of a step
-STUDENT = {"stage1": (6000, 16), "stage2": (14_000, 16), "larger": (6000, 16)}  # steps, batch size
+# Steps and batch size.
+STUDENT = {"stage1": (6000, 16), "stage2": (10_000, 16), "larger": (12_000, 16)}
 LONG = {"teacher": (9600, 64), **STUDENT}
 SHIPPED_TEACHER = "nano-teacher"
 TEACHER = "D2-nano, the teacher"  # its row in tables

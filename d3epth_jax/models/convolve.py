@@ -1,9 +1,4 @@
-"""`lax.conv_general_dilated` and its gradients, each in the form that is fast where it runs.
-
-On a CPU, XLA is slow at some convolutions and at most of their gradients; there they are written as
-products, or as other convolutions. What is chosen depends on shapes alone. Reverse mode only, as
-`attention`: `jax.jvp` raises TypeError where a gradient is written out.
-"""
+"""`lax.conv_general_dilated` and its gradients, each in the form that is fast where it runs."""
 
 import functools
 
@@ -11,29 +6,32 @@ import jax
 import jax.numpy as jnp
 
 NHWC = ("NHWC", "HWIO", "NHWC")
-
+REWRITTEN_ON = {"cpu"}  # backends
 # Where the product with all patches is faster: ranges (at least, at most) of cells of the output,
 # channels in and channels out. XLA rearranges the kernel at each call, which is most of the time
-# where a wide kernel meets a small map; and from a picture's few channels to a few dozen it is slow.
+# where a wide kernel meets a small map, and it is slow from a picture's channels to a few dozen.
 PATCHES = {
     "wide": ((1, 512), (1024, None), (1, None)),
-    "picture": ((1, None), (1, 4), (1, 32)),
+    "picture": ((1, 2**19), (1, 4), (1, 32)),
 }
-# The kernel's gradient of narrower convolutions is fast enough.
-PRODUCTS_MIN_CHANNELS = 24
 
 
 def convolve(x, kernel, strides, padding, *, dimension_numbers=NHWC, **options):
-    """`lax.conv_general_dilated` of NHWC and HWIO, in the form that is fast where it runs."""
+    """`lax.conv_general_dilated` of NHWC and HWIO, in the form that is fast where it runs.
+
+    On a CPU, a convolution of stride 2 is for reverse mode only: `jax.jvp` raises TypeError.
+    """
     plain = all(value in (None, 1, (1, 1)) for value in options.values())  # no dilation, no groups
-    if not plain or jax.default_backend() != "cpu":
+    if not plain or jax.default_backend() not in REWRITTEN_ON:
         return jax.lax.conv_general_dilated(
             x, kernel, strides, padding, dimension_numbers=dimension_numbers, **options
         )
     strides, padding = tuple(strides), tuple(map(tuple, padding))
     if _patches_are_faster(x, kernel, strides, padding):
         return _product(x, kernel, strides, padding)
-    return _convolution(x, kernel, strides, padding)
+    if strides == (2, 2) and min(kernel.shape[:2]) >= 2:
+        return _halving(x, kernel, padding)
+    return _plain(x, kernel, strides, padding)
 
 
 def _patches_are_faster(x, kernel, strides, padding) -> bool:
@@ -58,58 +56,43 @@ def _plain(x, kernel, strides, padding):
     return jax.lax.conv_general_dilated(x, kernel, strides, padding, dimension_numbers=NHWC)
 
 
-def _taps(x, kernel, strides, padding):
-    """What each tap of the kernel meets, row by row: arrays [B, h, w, Cin]."""
+def _product(x, kernel, strides, padding):
+    """The product of the kernel with all its patches."""
     height, width = _output(x.shape, kernel.shape, strides, padding)
     x = jnp.pad(x, ((0, 0), *padding, (0, 0)))
     down, right = strides
-    return [
+    patches = [
         x[:, i : i + down * (height - 1) + 1 : down, j : j + right * (width - 1) + 1 : right]
         for i in range(kernel.shape[0])
         for j in range(kernel.shape[1])
     ]
+    return jnp.concatenate(patches, -1) @ kernel.reshape(-1, kernel.shape[-1])
 
 
-def _product(x, kernel, strides, padding):
-    """The product of the kernel with all its patches."""
-    patches = jnp.concatenate(_taps(x, kernel, strides, padding), -1)
-    return patches @ kernel.reshape(-1, kernel.shape[-1])
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _halving(x, kernel, padding):
+    """XLA's convolution of stride 2, with a gradient for x of our own."""
+    return _plain(x, kernel, (2, 2), padding)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
-def _convolution(x, kernel, strides, padding):
-    """XLA's convolution, with gradients of our own."""
-    return _plain(x, kernel, strides, padding)
+def _halving_forward(x, kernel, padding):
+    return _halving(x, kernel, padding), (x, kernel)
 
 
-def _forward(x, kernel, strides, padding):
-    return _plain(x, kernel, strides, padding), (x, kernel)
-
-
-def _backward(strides, padding, kept, cotangent):
+def _halving_backward(padding, kept, cotangent):
     x, kernel = kept
-    if strides == (2, 2) and min(kernel.shape[:2]) >= 2:
-        to_x = _input_gradient(cotangent, kernel, x.shape, padding)
-    else:
-        _, pullback = jax.vjp(lambda x: _plain(x, kernel, strides, padding), x)
-        (to_x,) = pullback(cotangent)
-    if min(kernel.shape[2:]) < PRODUCTS_MIN_CHANNELS:
-        _, pullback = jax.vjp(lambda k: _plain(x, k, strides, padding), kernel)
-        (to_kernel,) = pullback(cotangent)
-    else:
-        rows = cotangent.reshape(-1, cotangent.shape[-1])
-        taps = _taps(x, kernel, strides, padding)
-        to_kernel = jnp.stack([tap.reshape(-1, tap.shape[-1]).T @ rows for tap in taps])
-    return to_x, to_kernel.reshape(kernel.shape)
+    to_kernel = jax.linear_transpose(lambda k: _plain(x, k, (2, 2), padding), kernel)
+    return _input_gradient(cotangent, kernel, x.shape, padding), *to_kernel(cotangent)
 
 
-_convolution.defvjp(_forward, _backward)
+_halving.defvjp(_halving_forward, _halving_backward)
 
 
 def _input_gradient(cotangent, kernel, shape, padding):
     """Of a convolution of stride 2, for its input of this shape: a convolution for each phase.
 
-    XLA's own puts zeros between the rows and columns of the cotangent, and multiplies by them.
+    XLA's own puts zeros between the rows and columns of the cotangent, and multiplies by them. This
+    takes memory for one more array like x.
     """
 
     def taps_of(phase, axis):
