@@ -21,7 +21,7 @@ from configs import common
 HEIGHT, WIDTH = 96, 128
 LARGER = 144, 192  # finer maps, at 2.3 times the cost of a step
 # Steps and batch size.
-STUDENT = {"stage1": (6000, 16), "stage2": (10_000, 16), "larger": (12_000, 16)}
+STUDENT = {"stage1": (6000, 16), "stage2": (6000, 16), "larger": (14_000, 16)}
 LONG = {"teacher": (9600, 64), **STUDENT}
 SHIPPED_TEACHER = "nano-teacher"
 TEACHER = "D2-nano, the teacher"  # its row in tables
