@@ -45,7 +45,8 @@ def keep_freed() -> None:
 
     By default glibc returns large blocks to the system, which clears each page of the next one
     anew: on a CPU that took a fifth of a training step's time and more of a large prediction's.
-    For the program that owns the process to call, before there are threads.
+    The process stays as large as it ever was. For the program that owns it to call, before there
+    are threads.
     """
     with contextlib.suppress(OSError, AttributeError, TypeError):
         mallopt = ctypes.CDLL(None).mallopt

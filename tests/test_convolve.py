@@ -65,7 +65,7 @@ def check_against_xla(size, kernel, stride, padding, channels):
         return with_gradients(lambda x, k: convolve.convolve(x, k, strides, padding), x, k)
 
     for expected, got in zip(with_gradients(plain, x, k), ours(x, k), strict=True):
-        np.testing.assert_allclose(got, expected, atol=1e-6 * kernel**2 * max(channels) + 1e-5)
+        np.testing.assert_allclose(got, expected, atol=2e-5)
     return str(jax.make_jaxpr(ours)(x, k))
 
 
@@ -103,8 +103,7 @@ def test_strided_gradients_of_16_bits_may_be_transformed(transform):
 @pytest.mark.parametrize("channels", [(3, 24), (8, 6)])
 def test_a_batch_on_several_devices_has_the_gradients_of_one(channels):
     devices = jax.devices()
-    if len(devices) < 2:
-        pytest.skip("needs two devices")
+    assert len(devices) > 1
     x, k = random(2 * len(devices), 6, 8, channels[0]), random(3, 3, *channels)
 
     @jax.jit

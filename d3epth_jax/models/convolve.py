@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 
 NHWC = ("NHWC", "HWIO", "NHWC")
+_plain = functools.partial(jax.lax.conv_general_dilated, dimension_numbers=NHWC)
 REWRITTEN_ON = {"cpu"}  # backends
 # Where the product with all patches is faster: ranges (at least, at most) of cells of the output,
 # channels in and channels out. XLA rearranges the kernel at each call, which is most of the time
@@ -23,9 +24,7 @@ def convolve(x, kernel, strides, padding, *, dimension_numbers=NHWC, **options):
     """
     plain = all(value in (None, 1, (1, 1)) for value in options.values())  # no dilation, no groups
     if not plain or jax.default_backend() not in REWRITTEN_ON:
-        return jax.lax.conv_general_dilated(
-            x, kernel, strides, padding, dimension_numbers=dimension_numbers, **options
-        )
+        return _plain(x, kernel, strides, padding, dimension_numbers=dimension_numbers, **options)
     strides, padding = tuple(strides), tuple(map(tuple, padding))
     if _patches_are_faster(x, kernel, strides, padding):
         return _product(x, kernel, strides, padding)
@@ -50,10 +49,6 @@ def _output(shape, kernel_shape, strides, padding):
             shape[1:3], padding, kernel_shape[:2], strides, strict=True
         )
     ]
-
-
-def _plain(x, kernel, strides, padding):
-    return jax.lax.conv_general_dilated(x, kernel, strides, padding, dimension_numbers=NHWC)
 
 
 def _product(x, kernel, strides, padding):
