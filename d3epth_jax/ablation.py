@@ -26,6 +26,7 @@ from d3epth_jax import (
     train,
     training_data,
 )
+from d3epth_jax.output import show
 from d3epth_jax.train_state import merge
 from d3epth_jax.weights import fold
 
@@ -67,7 +68,7 @@ def run(config, workdir: pathlib.Path) -> None:
     if failed:
         listed = [f"{name}, seed {seed}: {error}" for (seed, name), error in failed.items()]
         raise train.TrainingError("\n  ".join(["arms that failed:", *listed]))
-    print(f"\n{(workdir / 'ablation.md').read_text()}", flush=True)
+    show(f"\n{(workdir / 'ablation.md').read_text()}")
 
 
 def check(config) -> None:

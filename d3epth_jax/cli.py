@@ -16,6 +16,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from d3epth_jax import atomic, data_cli
 from d3epth_jax.argument_types import a_path, in_range
 from d3epth_jax.bench import cli as bench_cli
+from d3epth_jax.output import show
 from d3epth_jax.pictures import EXPECTED, Picture, find_pictures, name_outputs, reason
 
 log = logging.getLogger(__name__)
@@ -140,7 +141,7 @@ def convert(args: argparse.Namespace) -> int:
     except (OSError, ValueError) as error:
         print(f"d3epth: {args.source} cannot be converted:\n{error}", file=sys.stderr)
         return UNUSABLE
-    print(f"{args.source} is in {args.out} now")
+    show(f"{args.source} is in {args.out} now")
     return OK
 
 
@@ -316,7 +317,7 @@ def _summary(
 ) -> int:
     done = total - len(failed)
     where = f"; results are in {out} ({quantity})" if done else ""
-    print(f"{done} of {total} pictures predicted{where}")
+    show(f"{done} of {total} pictures predicted{where}")
     if not failed:
         return OK
     lines = [f"{path}: {reason}" for path, reason in failed.items()]

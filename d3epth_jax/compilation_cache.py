@@ -1,5 +1,6 @@
 """Compiled programs kept on disk between runs, by JAX's persistent cache."""
 
+import contextlib
 import logging
 import os
 import pathlib
@@ -8,6 +9,8 @@ import jax
 
 log = logging.getLogger(__name__)
 
+MOST = 2 * 1024**3  # bytes of programs; the quickstart's are 0.03 GiB
+
 
 def use_compilation_cache() -> None:
     """Keeps what is compiled from now on, in a folder of the user's own; for command lines.
@@ -15,6 +18,7 @@ def use_compilation_cache() -> None:
     The folder is d3epth_jax/xla in $XDG_CACHE_HOME, by default ~/.cache. JAX's own settings come
     first: JAX_COMPILATION_CACHE_DIR names another folder, JAX_ENABLE_COMPILATION_CACHE=false
     switches it off. Where the folder cannot be written all goes on without, and a line says so.
+    Above `MOST` bytes, the programs that were not used for the longest time are deleted from it.
     """
     if not jax.config.jax_enable_compilation_cache:
         return
@@ -32,7 +36,21 @@ def use_compilation_cache() -> None:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         if not os.access(folder, os.W_OK):
             raise PermissionError(f"{folder} is not writable")
+        with contextlib.suppress(FileNotFoundError):  # another process does so now
+            prune(folder, MOST)
     except (OSError, RuntimeError) as error:  # RuntimeError: the user has no home
         log.info("compiled programs are not kept for the next run: %s", error)
         return
     jax.config.update("jax_compilation_cache_dir", str(folder))
+
+
+def prune(folder: pathlib.Path, most: int) -> None:
+    """Deletes the files that were not read for the longest time, until `most` bytes are left.
+
+    JAX's own limit (jax_compilation_cache_max_size) looks at every file before each it writes.
+    """
+    files = [entry for entry in os.scandir(folder) if entry.is_file(follow_symlinks=False)]
+    for file in sorted(files, key=lambda file: file.stat().st_atime, reverse=True):
+        most -= file.stat().st_size
+        if most < 0:
+            pathlib.Path(file).unlink(missing_ok=True)

@@ -13,6 +13,7 @@ import time
 from collections.abc import Sequence
 
 from d3epth_jax.argument_types import a_path, in_range
+from d3epth_jax.output import show
 from d3epth_jax.progress import Progress
 
 OK, PROBLEMS, UNUSABLE = 0, 1, 2
@@ -133,21 +134,21 @@ def check(args: argparse.Namespace) -> int:
     sound = [i for i, finding in enumerate(findings) if not finding.problems]
     kept = [i for i in sound if not findings[i].rejected]
     if filters:
-        print(f"{len(kept)} of {len(sound)} samples without problems pass the filters")
+        show(f"{len(kept)} of {len(sound)} samples without problems pass the filters")
     try:
         if args.write_list:
             args.write_list.parent.mkdir(parents=True, exist_ok=True)
             names = "".join(f"{findings[i].name}\n" for i in kept)
             args.write_list.write_text(names, encoding="utf-8")
-            print(f"{args.write_list}: {len(kept)} names")
+            show(f"{args.write_list}: {len(kept)} names")
         if args.out and sound:
             _draw(source, findings, sound, args.out)
-            print(f"{args.out}: contact sheet")
+            show(f"{args.out}: contact sheet")
     except (OSError, ValueError) as error:
         return _unusable(error)
     problems = list(dict.fromkeys(problems))
     if problems:
-        print("\n  ".join([f"{len(problems)} problem(s):", *problems]))
+        show("\n  ".join([f"{len(problems)} problem(s):", *problems]))
     return PROBLEMS if problems else OK
 
 
@@ -191,7 +192,7 @@ def build(args: argparse.Namespace) -> int:
         return _unusable(error)
     folder = args.out / made["plan"]["dataset"] / building.VERSION
     lost = made["unreadable"] + len(unlisted)
-    print(
+    show(
         f"{folder}, split {made['plan']['split']}: {made['samples']} samples in"
         f" {len(made['shards'])} shards; {made['dropped']} dropped by filters,"
         f" {lost} problem(s) (manifest-{made['plan']['split']}.json lists them)"
@@ -222,7 +223,7 @@ def speed(args: argparse.Namespace) -> int:
         wall, cpu = time.monotonic() - wall, time.process_time() - cpu
     except (OSError, ValueError) as error:
         return _unusable(error)
-    print(
+    show(
         f"{count / cpu:.1f} images/s per core at {size[0]}x{size[1]} ({1000 * cpu / count:.1f} ms"
         f" of processor time each; {count / wall:.1f} images/s by the clock);"
         f" 16 cores: {16 * count / cpu:.0f} images/s"
@@ -288,7 +289,7 @@ def _print_table(findings: Sequence) -> None:
     widths = [max(len(row[column]) for row in rows) for column in range(len(head))]
     for row in rows:
         cells = zip(row[1:], widths[1:], strict=True)
-        print("  ".join([row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in cells)]))
+        show("  ".join([row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in cells)]))
 
 
 def _row(name: str, findings: Sequence) -> tuple[str, ...]:

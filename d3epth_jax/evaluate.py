@@ -7,6 +7,7 @@ import pathlib
 from d3epth_jax import baselines, data
 from d3epth_jax.evaluation import Predictor, batch_size_for, evaluate, name_of, spread
 from d3epth_jax.metrics import EXPONENT
+from d3epth_jax.output import show
 from d3epth_jax.pipeline import DepthPipeline
 from d3epth_jax.protocols import Protocol, make_protocol
 from d3epth_jax.weights.download import may_be_read
@@ -48,7 +49,7 @@ def run(config, workdir: pathlib.Path) -> None:
         num_worst=config.eval.num_pictures,
         worst_of=next(iter(judged), list(predictors)[-1]),
     )
-    print(f"\n{results.table()}\n", flush=True)  # first: it may be that it cannot be saved
+    show(f"\n{results.table()}\n")  # first: it may be that it cannot be saved
     for name in judged:
         if results.mean(name, "negative_scale") > 0.5:
             log.warning(

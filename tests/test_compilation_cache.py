@@ -8,6 +8,7 @@ import sys
 import numpy as np
 import pytest
 
+from d3epth_jax import compilation_cache
 from d3epth_jax import image as image_lib
 from d3epth_jax.models import presets
 from d3epth_jax.models.depth_model import DepthModel, init_params
@@ -48,6 +49,16 @@ def test_the_second_process_finds_what_the_first_compiled(tmp_path):
     (_, value, hits, misses), (_, again, hits_again, misses_again) = runs
     assert (hits, misses_again) == ("0", "0") and hits_again == misses and int(misses) > 0
     assert value == again
+
+
+def test_only_what_was_used_last_is_kept_where_it_becomes_too_much(tmp_path):
+    for name, used in (("b", 20), ("a", 30), ("d", 10), ("c", 40)):
+        (tmp_path / name).write_bytes(bytes(100))
+        os.utime(tmp_path / name, (used, 50))
+    compilation_cache.prune(tmp_path, 400)
+    assert len(list(tmp_path.iterdir())) == 4
+    compilation_cache.prune(tmp_path, 250)
+    assert {path.name for path in tmp_path.iterdir()} == {"a", "c"}
 
 
 def test_jaxs_own_settings_come_first(tmp_path):

@@ -14,8 +14,8 @@ NAME = PACKAGE.name
 # Bottom first. A name is a module, or a folder with all that is in it. A module may import its own
 # layer and those below; within a layer no circle.
 LAYERS = [
-    "typing atomic tables memory schedule alignment targets losses weighting metrics protocols"
-    " image ensemble",
+    "typing atomic output tables memory schedule alignment targets losses weighting metrics"
+    " protocols image ensemble",
     "models",
     "weights data optim sharding hosts compilation_cache train_state checkpoint metric_writer",
     "inference stages steps",

@@ -17,6 +17,7 @@ from d3epth_jax import __version__
 from d3epth_jax.argument_types import a_path
 from d3epth_jax.bench import measure
 from d3epth_jax.bench.plan import WHAT, plan
+from d3epth_jax.output import show
 
 OK, SOME_FAILED, UNUSABLE, INTERRUPTED = 0, 1, 2, 130
 
@@ -228,9 +229,9 @@ def _is_enough(row: dict, job: dict) -> bool:
 def _show(args: argparse.Namespace, rows: list[dict]) -> None:
     from d3epth_jax.bench import report
 
-    print(report.markdown(rows))
+    show(report.markdown(rows))
     if args.out is not None:
-        print(f"results are in {args.out}")
+        show(f"results are in {args.out}")
 
 
 def _save(args: argparse.Namespace, rows: list[dict]) -> bool:
