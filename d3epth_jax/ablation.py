@@ -28,7 +28,6 @@ from d3epth_jax import (
 )
 from d3epth_jax.output import show
 from d3epth_jax.train_state import merge
-from d3epth_jax.weights import fold
 
 log = logging.getLogger(__name__)
 
@@ -199,16 +198,12 @@ def step_macs(config) -> int:
     mesh = sharding.make_mesh(config.fsdp)
     batches = training_data.make_batches(config, mesh, training_data.make_sources(config)[0])
     batch = jax.eval_shape(lambda: next(batches))
-    # As train.py: what does not train is folded.
     teacher, student, trainable, rest = from_config.make_models(config)
-    teacher = from_config.fold_teacher(config, teacher)
-    model, of_rest = fold.fold_frozen(student.model, trainable, rest)
-    loss_fn, _, beta = from_config.make_loss(config, model, student.params, trainable, teacher)
-    frozen = {"rest": of_rest, "teacher": from_config.frozen_teacher(config, teacher)}
+    stage = from_config.make_stage(config, teacher, student, trainable, rest)
 
     def total(params, batch):
-        losses, _, _ = loss_fn(merge(params, of_rest), frozen, batch)
-        return sum(losses[name].sum() for name in beta)
+        losses, _, _ = stage.loss_fn(merge(params, stage.frozen["rest"]), stage.frozen, batch)
+        return sum(losses[name].sum() for name in stage.beta)
 
     with macs.plain_forms():
         return macs.count(jax.grad(total), trainable, batch).valid

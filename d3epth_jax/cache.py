@@ -110,7 +110,7 @@ def make_lessons(config, teacher: from_config.Start) -> Lessons:
         "schedule": model.schedule.to_dict(),
         "starts_at_zero": model.from_zeros,
     }
-    model, params, *_ = from_config.folded_teacher(config, teacher)
+    model, params, *_ = from_config.fold_teacher(config, teacher)
     params = sharding.put_params(fold.cast_kernels(model, params), mesh)
     lesson = jax.jit(
         lambda params, batch: latent.teach(

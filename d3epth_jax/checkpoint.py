@@ -73,9 +73,11 @@ def saved_at(step: pathlib.Path) -> int | None:
     return json.loads(path.read_text())["commit_timestamp_nsecs"] if path.exists() else None
 
 
-def abstract(tree):
-    """Shapes, types and shardings of a tree of arrays."""
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), tree)
+def abstract(tree, sharding=None):
+    """Shapes and types of a tree of arrays, and its own shardings or this one."""
+    return jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding or x.sharding), tree
+    )
 
 
 def save_tree(directory: str | pathlib.Path, tree) -> None:
@@ -94,10 +96,7 @@ def read_tree(directory: str | pathlib.Path):
     with _told(told), ocp.StandardCheckpointer() as checkpointer:
         stored = checkpointer.metadata(directory).item_metadata.tree
         here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-        target = jax.tree.map(
-            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), stored
-        )
-        return jax.tree.map(np.asarray, checkpointer.restore(directory, target))
+        return jax.tree.map(np.asarray, checkpointer.restore(directory, abstract(stored, here)))
 
 
 @contextlib.contextmanager

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import logging
 import pathlib
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -11,7 +12,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from d3epth_jax import losses, optim, runs, sharding, training_data, weighting
-from d3epth_jax.checkpoint import Checkpoints
+from d3epth_jax.checkpoint import Checkpoints, abstract
 from d3epth_jax.models import presets
 from d3epth_jax.models.config import TinyAutoencoderConfig
 from d3epth_jax.models.depth_model import DepthModel, count_params, init_params
@@ -90,7 +91,7 @@ def require_models(config) -> None:
 
 
 def check_sizes(config, model: DepthModel) -> None:
-    """Raises ValueError for sizes to train on which the autoencoder does not give back."""
+    """Raises ValueError for sizes to train on that the autoencoder does not divide."""
     problems = [
         f"{training_data.key_of(name)}: {part.height}x{part.width}"
         for name, part in training_data.parts(config).items()
@@ -112,11 +113,6 @@ def teacher_steps(config, model: DepthModel) -> int:
 
 
 def fold_teacher(config, teacher: Start) -> Start:
-    """The teacher with its constants folded, if the training step runs any of it."""
-    return folded_teacher(config, teacher) if _needed_of(config, teacher) else teacher
-
-
-def folded_teacher(config, teacher: Start) -> Start:
     """The teacher with its constants folded; what it teaches is the same but for rounding."""
     model = teacher.model
     single_step = teacher_steps(config, model) == 1 and model.from_zeros
@@ -140,6 +136,33 @@ def _needed_of(config, teacher: Start) -> list[str]:
         if config.teacher.cache:
             needed = {"unet", "prompt"} if config.loss.beta.feat else set()
     return [part for part in teacher.params or () if part in needed]
+
+
+class Stage(NamedTuple):
+    """What a training step computes: with constants folded, where what they are made of is frozen.
+
+    Attributes:
+      model: as it computes; what is saved is made with the parameters as they were.
+      frozen: {"rest": the student's, "teacher": the teacher's} parameters that do not train.
+      tasks, beta: the dynamically weighted losses, and the coefficients of all.
+    """
+
+    model: DepthModel
+    frozen: dict
+    loss_fn: Callable
+    tasks: tuple[str, ...]
+    beta: dict[str, float]
+
+
+def make_stage(config, teacher: Start, student: Start, trainable: Params, rest: Params) -> Stage:
+    """The stage of `config.stage`, of what `make_models` returns."""
+    if _needed_of(config, teacher):
+        teacher = fold_teacher(config, teacher)
+    model, rest = fold.fold_frozen(student.model, trainable, rest)
+    loss_fn, beta = make_loss(config, model, student.params, trainable, teacher)
+    of_rest = fold.cast_kernels(model, rest)
+    frozen = {"rest": of_rest, "teacher": frozen_teacher(config, teacher)}
+    return Stage(model, frozen, loss_fn, tasks_of(config), beta)
 
 
 def make_student(config, teacher: Start) -> Start:
@@ -200,7 +223,7 @@ def _fresh_space(config, teacher: Start) -> str:
 def _space(config, model: DepthModel) -> dict:
     """What a model that predicts depth, in whatever space, is to predict from now on."""
     before, now = model.prediction_type, config.model.prediction_type
-    if now in (None, before) or config.model.get("keeps_space"):  # as runs.obeyed
+    if now in (None, before):
         return {}
     turns = config.stage == "pixel" and "depth" in (before, now)
     if turns and not (config.loss.options.upright and config.loss.beta.range):
@@ -282,18 +305,14 @@ def _version(settings) -> dict:
 
 
 def make_loss(config, model: DepthModel, params: Params, trainable: Params, teacher: Start):
-    """The stage's (loss function, dynamically weighted tasks, beta); a beta of 0 drops its term."""
+    """The stage's (loss function, beta); a beta of 0 drops its term."""
     beta = {name: value for name, value in config.loss.beta.items() if value}
     if "encoder" not in trainable:
         beta.pop("enc", None)
     terms = tuple(beta)
     if config.stage == "pixel":
         options = losses.PRESETS[config.loss.preset] | dict(config.loss.options)
-        return (
-            pixel.make_loss(model, teacher.model, terms=terms, **options),
-            tuple(task for task in pixel.TASKS if task in beta),
-            beta,
-        )
+        return pixel.make_loss(model, teacher.model, terms=terms, **options), beta
     if teacher.model is None:
         raise ValueError("the latent stage distils a teacher: set teacher.path")
     if "decoder" in trainable:
@@ -311,7 +330,12 @@ def make_loss(config, model: DepthModel, params: Params, trainable: Params, teac
         teacher_steps=teacher_steps(config, teacher.model),
         cached=bool(config.teacher.cache),
     )
-    return loss_fn, (), beta
+    return loss_fn, beta
+
+
+def tasks_of(config) -> tuple[str, ...]:
+    """The losses that are weighted dynamically (METHOD 5); of stage 1 none."""
+    return tuple(t for t in pixel.TASKS if config.stage == "pixel" and config.loss.beta[t])
 
 
 def _same(params: Params, others: Params) -> bool:
@@ -323,11 +347,10 @@ def _same(params: Params, others: Params) -> bool:
     )
 
 
-def make_optimizer(config, num_tasks: int):
-    """(optimiser, its learning-rate schedule, dynamic task weighting)."""
+def make_optimizer(config):
+    """(optimiser, its learning-rate schedule)."""
     schedule = make_schedule(config)
-    optimizer = optim.make_optimizer(schedule, **config.optim)
-    return optimizer, schedule, make_weighting(config, num_tasks)
+    return optim.make_optimizer(schedule, **config.optim), schedule
 
 
 def make_schedule(config):
@@ -364,24 +387,16 @@ def read_run(workdir: pathlib.Path) -> Start:
             f"{workdir} is no workdir of a run: no config.json, no checkpoints/"
         )
     config = ConfigDict(json.loads(path.read_text()))
-    config = runs.obeyed(config, config)
     runs.check_origins(workdir, config)
     with Checkpoints(workdir / "checkpoints", keep=config.train.keep_checkpoints) as checkpoints:
         if checkpoints.latest is None:
             raise FileNotFoundError(f"{workdir}/checkpoints holds no complete checkpoint")
-        teacher, (model, params, text), trainable, rest = make_models(config)
-        _, tasks, _ = make_loss(config, model, params, trainable, teacher)
-        tx, _, task_weights = make_optimizer(config, len(tasks))
-        mesh = sharding.make_mesh(devices=jax.local_devices()[:1])
-        abstract_state = jax.eval_shape(lambda: init_train_state(trainable, tx, task_weights))
-        state, _ = checkpoints.restore(
-            jax.tree.map(
-                lambda x: jax.ShapeDtypeStruct(
-                    x.shape, x.dtype, sharding=sharding.replicated(mesh)
-                ),
-                abstract_state,
-            )
-        )
+        _, (model, _, text), trainable, rest = make_models(config)
+        tx, _ = make_optimizer(config)
+        task_weights = make_weighting(config, len(tasks_of(config)))
+        state = jax.eval_shape(lambda: init_train_state(trainable, tx, task_weights))
+        here = sharding.replicated(sharding.make_mesh(devices=jax.local_devices()[:1]))
+        state, _ = checkpoints.restore(abstract(state, here))
     params = jax.tree.map(np.asarray, merge(state.ema, rest))
     params.pop("adapters", None)
     return Start(model, params, text)

@@ -40,20 +40,16 @@ def _write(path: pathlib.Path, content: Mapping) -> None:
         files.write_json(path, content)
 
 
-def claim(workdir: pathlib.Path, config, *, in_use: bool):
-    """Writes the config to the workdir and returns it, as the run that is there obeys it.
+def claim(workdir: pathlib.Path, config, *, in_use: bool) -> None:
+    """Writes the config to the workdir; ValueError if it holds a run with other settings.
 
-    Raises ValueError if the workdir is in use by a run with other settings. A finished or
-    interrupted run is never mistaken for, or mixed with, another one; one that died before its
-    first checkpoint, of a wrong setting perhaps, left nothing to mix.
+    A finished or interrupted run is never mistaken for, or mixed with, another one; one that died
+    before its first checkpoint, of a wrong setting perhaps, left nothing to mix.
     """
     path = workdir / "config.json"
     saved = files.read_json(path) if in_use and path.exists() else {}
-    config = obeyed(config, saved)
     now = json.loads(config.to_json_best_effort())
     if saved:
-        if _of_before(saved):
-            _mark(saved["model"])
         before, wanted = _binding(saved), _binding(now)
         changed = [
             f"{key}: {before.get(key)} -> {wanted.get(key)}"
@@ -66,33 +62,6 @@ def claim(workdir: pathlib.Path, config, *, in_use: bool):
                 f" Changed: {'; '.join(changed)}"
             )
     _write(path, now)
-    return config
-
-
-def obeyed(config, saved: Mapping):
-    """The config as a run obeys it that was begun with the settings `saved`.
-
-    Until `model.attention` was a setting, a model that went on kept the space that it predicted in
-    whatever `model.prediction_type` said, whose default was "depth". Such a run still does.
-    """
-    if not _of_before(saved):
-        return config
-    config = config.copy_and_resolve_references()
-    with config.unlocked():
-        _mark(config.model)
-        if config.model.prediction_type is None:
-            config.model.prediction_type = saved["model"]["prediction_type"]
-    return config
-
-
-def _of_before(saved: Mapping) -> bool:
-    model = saved.get("model", {})
-    return "prediction_type" in model and ("attention" not in model or "keeps_space" in model)
-
-
-def _mark(model) -> None:
-    model["keeps_space"] = True
-    model["attention"] = model.get("attention", "auto")
 
 
 def _binding(settings: dict) -> dict:

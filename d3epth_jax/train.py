@@ -40,7 +40,7 @@ from d3epth_jax.pipeline import DepthPipeline
 from d3epth_jax.progress import Progress
 from d3epth_jax.train_state import HostAverage, TrainState, init_train_state, merge
 from d3epth_jax.typing import Params
-from d3epth_jax.weights import fold, hub
+from d3epth_jax.weights import hub
 from d3epth_jax.weights.prompt import PromptEncoder
 
 log = logging.getLogger(__name__)
@@ -69,7 +69,7 @@ def run(config, workdir: pathlib.Path) -> pathlib.Path:
         Checkpoints(workdir / "checkpoints", keep=config.train.keep_checkpoints) as checkpoints,
     ):
         in_use = checkpoints.latest is not None
-        config = runs.claim(workdir, config, in_use=in_use)
+        runs.claim(workdir, config, in_use=in_use)
         if checkpoints.latest == config.train.steps and output.is_dir():
             runs.claim_origins(workdir, config, in_use=True)
             log.info("%s is already trained (%d steps)", output, config.train.steps)
@@ -139,17 +139,12 @@ def prepare(config, workdir: pathlib.Path, checkpoints: Checkpoints) -> Training
     teacher, student, trainable, rest = from_config.make_models(config)
     # Now that models of the hub are in its cache, and so have a commit.
     runs.claim_origins(workdir, config, in_use=in_use)
-    model, params, text = student
+    model, _, text = student
     from_config.check_sizes(config, model)
-    # The step and the evaluation compute with constants folded; what is saved is as it was.
-    teacher = from_config.fold_teacher(config, teacher)
-    computed, of_rest = fold.fold_frozen(model, trainable, rest)
-    loss_fn, tasks, beta = from_config.make_loss(config, computed, params, trainable, teacher)
-
-    of_teacher = from_config.frozen_teacher(config, teacher)
-    of_rest = fold.cast_kernels(computed, of_rest)
-    frozen = sharding.put_params({"rest": of_rest, "teacher": of_teacher}, mesh)
-    tx, schedule, task_weights = from_config.make_optimizer(config, len(tasks))
+    stage = from_config.make_stage(config, teacher, student, trainable, rest)
+    frozen = sharding.put_params(stage.frozen, mesh)
+    tx, schedule = from_config.make_optimizer(config)
+    task_weights = from_config.make_weighting(config, len(stage.tasks))
     on_host = config.train.host_ema_every
     average = HostAverage(trainable, on_host, config.train.max_ema_decay) if on_host else None
     init = functools.partial(
@@ -166,9 +161,7 @@ def prepare(config, workdir: pathlib.Path, checkpoints: Checkpoints) -> Training
             average.params, state = state.ema, dataclasses.replace(state, ema={})
         batches.set_state(position)
         log.info("resumed from step %d", int(state.step))
-    step = OneProgramPerShape(
-        jit_step(config, loss_fn, tx, task_weights, beta, tasks, placement, mesh)
-    )
+    step = OneProgramPerShape(jit_step(config, stage, tx, task_weights, placement, mesh))
     return Training(
         config=config,
         workdir=workdir,
@@ -178,7 +171,7 @@ def prepare(config, workdir: pathlib.Path, checkpoints: Checkpoints) -> Training
         model=model,
         rest=rest,
         text=text,
-        computed=computed,
+        computed=stage.model,
         frozen=frozen,
         state=state,
         average=average,
@@ -271,14 +264,14 @@ def asked_to_end() -> Iterator[Callable[[], bool]]:
         raise KeyboardInterrupt("the training had ended, and is saved")
 
 
-def jit_step(config, loss_fn, tx, task_weights, beta, tasks, placement, mesh):
+def jit_step(config, stage: from_config.Stage, tx, task_weights, placement, mesh):
     """The jitted training step; the old state's memory becomes the new one's."""
     step = steps.make_train_step(
-        loss_fn,
+        stage.loss_fn,
         tx,
         task_weights,
-        beta=beta,
-        tasks=tasks,
+        beta=stage.beta,
+        tasks=stage.tasks,
         accumulate=config.train.accumulate,
         weights_from_data=config.stage == "latent",
         max_ema_decay=config.train.max_ema_decay,

@@ -123,7 +123,8 @@ def test_what_is_measured_is_what_the_configs_train(small_presets, stage, model,
     parts = {pattern.rstrip("/") for pattern in config.trainable}
     assert set(recipe.trainable) - {"adapters"} == parts
     tasks = pixel.TASKS if stage == "stage2" else ()
-    tx, _, weights = from_config.make_optimizer(config, len(tasks))
+    tx, _ = from_config.make_optimizer(config)
+    weights = from_config.make_weighting(config, len(tasks))
     states = [
         jax.eval_shape(make, recipe.trainable)
         for make in (recipe.init_state, lambda x: init_train_state(x, tx, weights))

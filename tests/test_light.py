@@ -209,9 +209,8 @@ def assert_diffusers_computes_the_same(directory, model, params):
 def losses_of(config):
     """(a stage's loss function, parameters of student and teacher, beta)"""
     teacher, student, trainable, _ = from_config.make_models(config)
-    loss_fn, _, beta = from_config.make_loss(
-        config, student.model, student.params, trainable, teacher
-    )
+    of_student = student.model, student.params
+    loss_fn, beta = from_config.make_loss(config, *of_student, trainable, teacher)
     return loss_fn, student.params, teacher.params, beta
 
 

@@ -5,11 +5,10 @@ import json
 import shutil
 
 import pytest
-from ml_collections import ConfigDict
 
 from configs import quickstart
 from configs.nano import train as nano
-from d3epth_jax import atomic, data, from_config, runs, train
+from d3epth_jax import atomic, data, runs, train
 from d3epth_jax.models.depth_model import init_params
 from d3epth_jax.weights import hub
 from tests.conftest import small_model, small_unet, write_pairs
@@ -64,44 +63,15 @@ def test_settings_that_cannot_be_read_are_named(tmp_path):
         runs.claim(tmp_path, nano.teacher(tiny=True), in_use=True)
 
 
-def of_before(config) -> dict:
-    """What was saved of a config until `model.attention` was a setting."""
-    saved = json.loads(config.to_json_best_effort())
-    del saved["model"]["attention"]
-    saved["model"]["prediction_type"] = saved["model"]["prediction_type"] or "depth"
-    return saved
-
-
-def test_a_run_of_before_keeps_the_space_that_it_was_trained_in(tmp_path):
-    for name, space in (("teacher", "sqrt_disparity"), ("start", "disparity")):
-        model = small_model(small_unet((8, 16)), prediction_type=space)
-        hub.save_model(tmp_path / name, model, init_params(model, 0))
-    config = nano.stage2(tiny=True)
-    config.init, config.teacher.path = str(tmp_path / "start"), str(tmp_path / "teacher")
-    config.model.prediction_type = None
-    path = tmp_path / "config.json"
-    path.write_text(json.dumps(of_before(config)))
-    for _ in range(2):  # also when it goes on once more
-        config = runs.claim(tmp_path, config, in_use=True)
-        assert from_config.make_models(config)[1].model.prediction_type == "disparity"
-        read = ConfigDict(json.loads(path.read_text()))  # as a run's workdir is read
-        read = runs.obeyed(read, read)
-        assert from_config.make_models(read)[1].model.prediction_type == "disparity"
-
-
 def test_a_run_goes_on_in_no_other_space(tmp_path):
     config = nano.stage2(tiny=True)
     for before, now in ((None, "depth"), ("depth", None), ("depth", "disparity")):
         config.model.prediction_type = before
         runs.claim(tmp_path, config, in_use=False)
-        assert runs.claim(tmp_path, config, in_use=True) is config
+        runs.claim(tmp_path, config, in_use=True)
         config.model.prediction_type = now
         with pytest.raises(ValueError, match=f"prediction_type: {before} -> {now}"):
             runs.claim(tmp_path, config, in_use=True)
-    (tmp_path / "config.json").write_text(json.dumps(of_before(config)))
-    config.model.prediction_type = "sqrt_disparity"
-    with pytest.raises(ValueError, match="prediction_type: disparity -> sqrt_disparity"):
-        runs.claim(tmp_path, config, in_use=True)
 
 
 def test_another_runs_workdir_is_known_by_when_its_newest_checkpoint_was_saved(tmp_path):

@@ -23,7 +23,6 @@ from d3epth_jax.bench.train import planned
 from d3epth_jax.models import presets
 from d3epth_jax.models.depth_model import DepthModel, abstract_params
 from d3epth_jax.train_state import init_train_state, split_trainable
-from d3epth_jax.weights import fold
 from tests.cache_speed import quarter
 
 CARD = 24 * 2**30
@@ -42,13 +41,10 @@ def count(width: float) -> dict[str, int]:
     # Zeros take no memory until they are written to; only the frozen part is.
     params = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), abstract_params(model))
     trainable, rest = split_trainable(params, tuple(config.trainable))
-    computed, of_rest = fold.fold_frozen(model, trainable, rest)
-    frozen = {"rest": fold.cast_kernels(computed, of_rest), "teacher": None}
-
-    loss_fn, tasks, beta = from_config.make_loss(
-        config, computed, params, trainable, from_config.Start()
-    )
-    tx, _, weights = from_config.make_optimizer(config, len(tasks))
+    student = from_config.Start(model, params)
+    stage = from_config.make_stage(config, from_config.Start(), student, trainable, rest)
+    tx, _ = from_config.make_optimizer(config)
+    weights = from_config.make_weighting(config, len(stage.tasks))
     state = jax.eval_shape(
         lambda: init_train_state(
             trainable, tx, weights, host_average=bool(config.train.host_ema_every)
@@ -60,8 +56,8 @@ def count(width: float) -> dict[str, int]:
     batch = {name: jax.ShapeDtypeStruct(*kind) for name, kind in batch.items()}
     mesh = sharding.make_mesh(devices=jax.devices()[:1])
     placement = sharding.params_sharding(state, mesh)
-    step = train.jit_step(config, loss_fn, tx, weights, beta, tasks, placement, mesh)
-    compiled = step.lower(state, frozen, batch).compile()
+    step = train.jit_step(config, stage, tx, weights, placement, mesh)
+    compiled = step.lower(state, stage.frozen, batch).compile()
 
     memory = compiled.memory_analysis()
     kinds = {
@@ -69,7 +65,7 @@ def count(width: float) -> dict[str, int]:
         for name in ("argument", "temp", "output", "alias")
     }
     kinds["peak"] = planned(compiled)
-    parts = {"state": state, "frozen": frozen, "batch": batch}
+    parts = {"state": state, "frozen": stage.frozen, "batch": batch}
     return kinds | {
         name: sum(int(np.prod(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree))
         for name, tree in parts.items()
