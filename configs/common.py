@@ -1,4 +1,4 @@
-"""The settings every config starts from. A group has the name of the module it feeds."""
+"""The settings that every config starts from, in groups."""
 
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder

@@ -70,7 +70,6 @@ def get_config(argument: str | None = None) -> ConfigDict:
         config.eval = common.evaluation(benchmark(word), protocol=word)
         return config
     config.eval.source = common.folder("DIR")
-    config.eval.processing_resolution = -1
     return config
 
 

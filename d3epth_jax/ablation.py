@@ -20,6 +20,7 @@ from d3epth_jax import (
     data,
     evaluate,
     from_config,
+    hosts,
     macs,
     runs,
     sharding,
@@ -72,6 +73,7 @@ def run(config, workdir: pathlib.Path) -> None:
 
 def check(config) -> None:
     """Raises ValueError with everything that is wrong with the settings of all arms."""
+    hosts.require_one("ablation")
     problems = []
 
     def ask(where, function, *args):
@@ -143,8 +145,7 @@ def run_arm(config, workdir: pathlib.Path, name: str, seed: int) -> None:
     job.train.steps = steps_of(config.arms, costs, name)
     model = train.run(job, folder / name)
     # Now that the settings are the folder's for good.
-    with atomic.replacing(folder / name / COST) as partial:
-        partial.write_text(json.dumps(costs[name]) + "\n")
+    atomic.write_text(folder / name / COST, f"{costs[name]}\n")
     evaluate_once(config, model, folder / name)
 
 

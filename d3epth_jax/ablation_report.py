@@ -15,7 +15,6 @@ from PIL import Image, ImageDraw, ImageFont
 from d3epth_jax import atomic
 from d3epth_jax import image as image_lib
 from d3epth_jax.tables import format_table
-from d3epth_jax.weights import files
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,9 +103,8 @@ def write(
 ) -> None:
     """Writes ablation.{json,md,png} of all evaluations there are so far."""
     content = collect(workdir, arms, comparisons)
-    files.write_json(workdir / "ablation.json", content)
-    with atomic.replacing(workdir / "ablation.md") as partial:
-        partial.write_text(markdown(content))
+    atomic.write_json(workdir / "ablation.json", content)
+    atomic.write_text(workdir / "ablation.md", markdown(content))
     image_lib.save_png(workdir / "ablation.png", chart(content))
 
 

@@ -153,10 +153,7 @@ def read_prediction(path: Path) -> np.ndarray:
     if path.suffix == ".png":
         counts = files.read_png_counts(path)
         return counts.astype(np.float32)[..., None]
-    try:
-        values = np.load(path, allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
-        raise ValueError(f"{path}: unreadable .npy: {error}") from error
+    values = files.read_npy(path)
     if values.ndim == 3 and values.shape[-1] == 1:
         values = values[..., 0]
     if values.ndim != 2 or values.dtype.kind not in "fiu" or not values.size:

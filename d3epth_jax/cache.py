@@ -12,6 +12,7 @@ import jax
 import numpy as np
 
 from d3epth_jax import (
+    atomic,
     data,
     ensemble,
     from_config,
@@ -23,7 +24,7 @@ from d3epth_jax.data import loader
 from d3epth_jax.data.sources import latents
 from d3epth_jax.progress import Progress
 from d3epth_jax.stages import latent
-from d3epth_jax.weights import files, fold
+from d3epth_jax.weights import fold
 
 log = logging.getLogger(__name__)
 
@@ -283,7 +284,7 @@ def claim(folder: pathlib.Path, manifest: dict) -> Iterator[list[tuple[str, rang
             if written in names or jax.process_count() == 1:
                 partial.unlink()
         if not (folder / latents.MANIFEST).is_file():
-            files.write_json(folder / latents.MANIFEST, manifest)
+            atomic.write_json(folder / latents.MANIFEST, manifest)
         missing = [
             (name, rows)
             for name, rows in own.values()

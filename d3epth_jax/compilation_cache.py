@@ -33,7 +33,8 @@ def use_compilation_cache() -> None:
         home = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
         folder = pathlib.Path(home) / "d3epth_jax" / "xla"
         # Programs in it are run: nobody else may write there.
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        folder.mkdir(parents=True, exist_ok=True)
+        folder.chmod(0o700)
         if not os.access(folder, os.W_OK):
             raise PermissionError(f"{folder} is not writable")
         with contextlib.suppress(FileNotFoundError):  # another process does so now

@@ -7,13 +7,12 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import numpy as np
 
-from d3epth_jax import gallery, metrics
+from d3epth_jax import atomic, gallery, metrics
 from d3epth_jax import image as image_lib
 from d3epth_jax.data import read_samples
 from d3epth_jax.progress import Progress
 from d3epth_jax.protocols import PROTOCOLS, Protocol
 from d3epth_jax.tables import format_table
-from d3epth_jax.weights import files
 
 COLUMNS = {  # of the table; metric key: (title, digits). All metrics are in the files.
     "abs_rel": ("AbsRel", 4),
@@ -93,9 +92,9 @@ class Results:
             key for key in dict.fromkeys(k for row in self.rows for k in row) if key not in LABELS
         ]
 
-    def mean_over_groups(self, predictor: str, metric: str = "abs_rel") -> float:
-        """Mean per group, then over groups: a source with many pictures counts once."""
-        return float(np.mean([self.mean(predictor, metric, group) for group in self.groups]))
+    def mean_over_groups(self, predictor: str) -> float:
+        """Mean AbsRel per group, then over groups: a source with many pictures counts once."""
+        return float(np.mean([self.mean(predictor, group=group) for group in self.groups]))
 
     def table(self) -> str:
         """Markdown tables that also read well on a terminal, under the protocol."""
@@ -144,7 +143,7 @@ class Results:
             if pictures is not None:
                 image_lib.save_png(path, pictures)
         # Last, and whole or not at all: where it is, all is there.
-        files.write_json(directory / f"{name}.json", summary)
+        atomic.write_json(directory / f"{name}.json", summary)
 
 
 def evaluate(

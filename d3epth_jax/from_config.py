@@ -60,7 +60,8 @@ def read_teacher(config) -> Start:
         **_version(config.teacher),
     )
     steps = teacher_steps(config, model)
-    if config.get("stage") == "pixel" and not (steps == 1 and model.from_zeros):
+    one_step = steps == 1 and model.from_zeros
+    if config.get("stage") == "pixel" and _compares_in_pixels(config) and not one_step:
         raise ValueError(
             f"the teacher {config.teacher.path} takes {steps} denoising step(s) from noise: the"
             " pixel stage compares with a teacher of one step, such as a D^2epth or E2E-FT"
@@ -130,11 +131,12 @@ def frozen_teacher(config, teacher: Start) -> Params:
 
 def _needed_of(config, teacher: Start) -> list[str]:
     """The teacher's networks that the training step runs."""
-    needed = {"unet", "encoder", "decoder", "prompt"}
-    if config.stage == "latent":
-        needed -= {"decoder"}
-        if config.teacher.cache:
-            needed = {"unet", "prompt"} if config.loss.beta.feat else set()
+    beta, needed = config.loss.beta, {"unet", "encoder", "prompt"}
+    if config.stage == "pixel":
+        needed = needed if _compares_in_pixels(config) else set()
+        needed |= {"decoder"} if beta.teacher else set()
+    elif config.teacher.cache:
+        needed = {"unet", "prompt"} if beta.feat else set()
     return [part for part in teacher.params or () if part in needed]
 
 
@@ -163,6 +165,11 @@ def make_stage(config, teacher: Start, student: Start, trainable: Params, rest: 
     of_rest = fold.cast_kernels(model, rest)
     frozen = {"rest": of_rest, "teacher": frozen_teacher(config, teacher)}
     return Stage(model, frozen, loss_fn, tasks_of(config), beta)
+
+
+def _compares_in_pixels(config) -> bool:
+    """Whether the pixel stage compares with its teacher, instead of taking parts of it alone."""
+    return bool(config.loss.beta.latent or config.loss.beta.teacher)
 
 
 def make_student(config, teacher: Start) -> Start:

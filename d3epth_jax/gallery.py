@@ -332,9 +332,9 @@ def line_plot(
     return np.array(canvas.resize(size, Image.Resampling.LANCZOS))
 
 
-def _ticks(low: float, high: float, count: int = 8) -> list[tuple[float, str]]:
-    """About `count` round numbers in [low, high], steps of 1, 2 or 5 times a power of ten."""
-    rough = (high - low) / count
+def _ticks(low: float, high: float) -> list[tuple[float, str]]:
+    """About 8 round numbers in [low, high], steps of 1, 2 or 5 times a power of ten."""
+    rough = (high - low) / 8
     power = 10.0 ** math.floor(math.log10(rough))
     step = next(power * factor for factor in (1, 2, 5, 10) if power * factor >= rough * 0.999)
     first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)

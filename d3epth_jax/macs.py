@@ -13,13 +13,14 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.extend import core
 
 from d3epth_jax import inference
 from d3epth_jax.models import attention, convolve
 from d3epth_jax.models.depth_model import DepthModel, abstract_params, count_params
 from d3epth_jax.typing import Params
-from d3epth_jax.weights import fold, keys
+from d3epth_jax.weights import fold
 
 PARTS = ("encoder", "unet", "decoder")
 
@@ -117,9 +118,9 @@ def folded(
     params = jax.tree.map(lambda x: np.broadcast_to(np.zeros((), x.dtype), x.shape), params)
     model, params = fold.fold(model, params, pieces)
     shapes = {
-        path: jax.ShapeDtypeStruct(x.shape, x.dtype) for path, x in keys.flatten(params).items()
+        path: jax.ShapeDtypeStruct(x.shape, x.dtype) for path, x in flatten_dict(params).items()
     }
-    return model, keys.unflatten(shapes)
+    return model, unflatten_dict(shapes)
 
 
 def of_training(
@@ -235,26 +236,26 @@ def _xla_cost(op: core.JaxprEqn) -> float:
 _COSTS: dict[tuple, float] = {}
 
 
-def saved_by_piece(model: DepthModel, size: tuple[int, int], batch: int = 1) -> dict[str, dict]:
+def saved_by_piece(model: DepthModel, size: tuple[int, int]) -> dict[str, dict]:
     """{piece of folding, or "all": {params, macs, xla}}, each [before, after].
 
     macs: valid taps only, by formula; xla: by the cost analysis of the lowered program.
     """
-    before = _costs(model, abstract_params(model), size, batch)
+    before = _costs(model, abstract_params(model), size)
     pieces = {piece: (piece,) for piece in fold.foldable(model)} | {"all": None}
     table = {}
     for name, chosen in pieces.items():
-        after = _costs(*folded(model, chosen), size, batch)
+        after = _costs(*folded(model, chosen), size)
         table[name] = {kind: [before[kind], after[kind]] for kind in before}
     return table
 
 
-def _costs(model: DepthModel, params: Params, size, batch: int) -> dict:
-    programs = part_programs(countable(model), size, batch).values()
+def _costs(model: DepthModel, params: Params, size) -> dict:
+    programs = part_programs(countable(model), size).values()
     with plain_forms():
         xla = sum(by_xla(function, params, *inputs) for function, inputs in programs)
     return {
         "params": count_params(params),
-        "macs": sum(of_model(model, params, size, batch).values(), Macs()).valid,
+        "macs": sum(of_model(model, params, size).values(), Macs()).valid,
         "xla": xla,
     }

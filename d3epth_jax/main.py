@@ -74,21 +74,15 @@ def _jobs() -> dict:
     return {
         "ablation": (ablation.check, ablation.run),
         "cache": (cache.check, cache.run),
-        "eval": (evaluate.check, evaluate.run),
+        "eval": (evaluate.check, lambda *job: hosts.on_first(lambda: evaluate.run(*job))),
         "train": (check_config.check, train.run),
     }
 
 
 def run_job(config: ConfigDict, workdir: pathlib.Path) -> None:
-    jobs = _jobs()
-    if config.job not in jobs:
-        raise ValueError(f"unknown job {config.job!r}: choose one of {sorted(jobs)}")
     log.info("%s: %s", config.job, workdir)
-    _, run = jobs[config.job]
-    if config.job == "eval":
-        hosts.on_first(lambda: run(config, workdir))
-    else:
-        run(config, workdir)
+    _, run = _jobs()[config.job]
+    run(config, workdir)
 
 
 def check_jobs(jobs: dict[str, ConfigDict]) -> None:
@@ -98,11 +92,10 @@ def check_jobs(jobs: dict[str, ConfigDict]) -> None:
         prefix = f"{name}." if name else ""
         problems += [f"set --config.{prefix}{key}=PATH" for key in _unset(config)]
         try:
-            if config.job == "ablation":
-                hosts.require_one(config.job)
-            if config.job in known:
-                check, _ = known[config.job]
-                check(config)
+            if config.job not in known:
+                raise ValueError(f"unknown job {config.job!r}: choose one of {sorted(known)}")
+            check, _ = known[config.job]
+            check(config)
         except ValueError as error:
             problems.append(f"{name}: {error}" if name else str(error))
     if problems:

@@ -29,8 +29,7 @@ class MetricWriter:
         self._pictures.mkdir(parents=True, exist_ok=True)
         path = workdir / "metrics.jsonl"
         kept = [row for row in read_metrics(path) if row["step"] <= start_step]
-        with atomic.replacing(path) as partial:
-            partial.write_text("".join(json.dumps(row) + "\n" for row in kept))
+        atomic.write_text(path, "".join(json.dumps(row) + "\n" for row in kept))
         self._file = path.open("a")
         if importlib.util.find_spec("tensorboardX"):
             from tensorboardX import SummaryWriter

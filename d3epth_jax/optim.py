@@ -6,7 +6,6 @@ import jax
 import jax.numpy as jnp
 import optax
 
-SCHEDULES = ("exponential", "cosine", "constant")
 MOMENTS = ("float32", "bfloat16")
 
 
@@ -25,7 +24,7 @@ def make_schedule(
         "constant": optax.constant_schedule(learning_rate),
     }
     if schedule not in decays:
-        raise ValueError(f"unknown schedule {schedule!r}: choose one of {list(SCHEDULES)}")
+        raise ValueError(f"unknown schedule {schedule!r}: choose one of {list(decays)}")
     if warmup_steps == 0:
         return decays[schedule]
     # The first step moves already: a schedule that begins at 0 wastes it.

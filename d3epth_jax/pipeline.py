@@ -316,8 +316,8 @@ class DepthPipeline:
     def networks(self, num_inference_steps: int, latents=None) -> tuple[DepthModel, Params]:
         """What a call with these arguments computes with: the model, and parameters on the devices.
 
-        Folded, unless `fold` is off: for one step from zero latents, or for any of both. Unchanged
-        arrays are shared.
+        Folded, unless `fold` is off: for one step from zero latents, or for any steps and latents.
+        Unchanged arrays are shared.
         """
         if not self.fold:
             return self.model, self.params

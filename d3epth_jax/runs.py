@@ -37,7 +37,7 @@ def alone(workdir: pathlib.Path) -> Iterator[None]:
 
 def _write(path: pathlib.Path, content: Mapping) -> None:
     if hosts.is_first():
-        files.write_json(path, content)
+        atomic.write_json(path, content)
 
 
 def claim(workdir: pathlib.Path, config, *, in_use: bool) -> None:

@@ -1,6 +1,6 @@
 """The arrays by name, and checks that some are what the name says.
 
-B batch, H W pixels, h w latent cells, C channels, N tokens.
+B batch, H W pixels, h w latent cells, C channels.
 """
 
 from collections.abc import Mapping
@@ -13,7 +13,6 @@ Image = Float[Array, "B H W 3"]  # [-1, 1]
 Depth = Float[Array, "B H W 1"]  # metres, or the normalised target in [-1, 1]: the name says which
 Mask = Bool[Array, "B H W 1"]  # True where the depth is known
 Latent = Float[Array, "B h w C"]
-Prompt = Float[Array, "1 N D"]  # text embedding of the empty prompt, shared by the batch
 PerImage = Float[Array, " B"]
 Flags = Bool[Array, " B"]
 

@@ -61,6 +61,16 @@ def test_only_what_was_used_last_is_kept_where_it_becomes_too_much(tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == {"a", "c"}
 
 
+def test_the_folder_is_the_users_alone_and_does_not_grow_for_ever(tmp_path):
+    folder = tmp_path / "d3epth_jax" / "xla"
+    folder.mkdir(parents=True)
+    folder.chmod(0o777)
+    (folder / "old").write_bytes(bytes(100))
+    code = "from d3epth_jax import compilation_cache as c; c.MOST = 99; c.use_compilation_cache()"
+    python(tmp_path, "-c", code)
+    assert folder.stat().st_mode & 0o077 == 0 and not list(folder.iterdir())
+
+
 def test_jaxs_own_settings_come_first(tmp_path):
     elsewhere = str(tmp_path / "elsewhere")
     assert elsewhere in python(tmp_path, "-c", CHILD, JAX_COMPILATION_CACHE_DIR=elsewhere).stdout

@@ -7,13 +7,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax.traverse_util import flatten_dict
 
 from d3epth_jax import DepthPipeline, inference
 from d3epth_jax.models import convolution, layers
 from d3epth_jax.models.config import AutoencoderKLConfig, TinyAutoencoderConfig, UNetConfig
 from d3epth_jax.models.depth_model import DepthModel, abstract_params
 from d3epth_jax.schedule import NoiseSchedule
-from d3epth_jax.weights import fold, keys
+from d3epth_jax.weights import fold
 from tests import pipeline_oracle
 from tests.unet_oracle import random_like, relative_error
 
@@ -77,7 +78,7 @@ def run(model, params):
 
 
 def shapes(params):
-    return {path: x.shape for path, x in keys.flatten(params).items() if path[0] != "prompt"}
+    return {path: x.shape for path, x in flatten_dict(params).items() if path[0] != "prompt"}
 
 
 @functools.cache
@@ -140,7 +141,7 @@ def test_what_does_not_change_is_shared():
     model, params = make()
     _, its = fold.fold(model, params)
     path = ("unet", "mid_block", "resnets_0", "conv2", "kernel")
-    assert keys.flatten(its)[path] is keys.flatten(params)[path]
+    assert flatten_dict(its)[path] is flatten_dict(params)[path]
 
 
 def test_phases_of_kernels_in_16_bits_are_in_32():
@@ -183,6 +184,9 @@ def test_a_folded_pipeline_predicts_and_saves_as_the_other(latents, saved, tmp_p
     np.testing.assert_allclose(folded.prediction, plain.prediction, atol=1e-5)
     np.testing.assert_allclose(folded.latent, plain.latent, atol=1e-4 * plain.latent.std())
     pipes[0].save_pretrained(tmp_path / "out")
+    again = DepthPipeline(*fold.fold(pipes[1].model, pipes[1].params))
+    with pytest.raises(ValueError, match="a folded model cannot be read again"):
+        again.save_pretrained(tmp_path / "out")
     pipeline_oracle.assert_same_tensors(
         pipeline_oracle.tensors_below(tmp_path / "out"), pipeline_oracle.tensors_below(saved[0])
     )
@@ -202,8 +206,8 @@ def test_gradients_flow_through_what_training_folds(autoencoder):
         return jnp.mean(jnp.square(decoded))
 
     gradient = jax.jit(jax.grad(total), static_argnums=1)
-    ours = keys.flatten(gradient(params, fold.fold_in_training))
-    theirs = keys.flatten(gradient(params, lambda *same: same))
+    ours = flatten_dict(gradient(params, fold.fold_in_training))
+    theirs = flatten_dict(gradient(params, lambda *same: same))
     assert seen[0].upsampling == ("decoder", "unet") and seen[0].prompt_tokens == 2
     assert ours.keys() == theirs.keys()
     # Some are zero but for rounding, such as that of attention's key bias.

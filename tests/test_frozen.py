@@ -5,13 +5,14 @@ import dataclasses
 import jax
 import numpy as np
 import pytest
+from flax.traverse_util import flatten_dict
 
 from configs import common, stage2
 from d3epth_jax import from_config, inference, train
 from d3epth_jax.models.depth_model import init_params
 from d3epth_jax.stages import latent, pixel
 from d3epth_jax.train_state import merge, split_trainable
-from d3epth_jax.weights import fold, keys
+from d3epth_jax.weights import fold
 from tests import test_fold, train_memory
 from tests.conftest import scenes, small_model, small_unet
 from tests.unet_oracle import relative_error
@@ -36,8 +37,8 @@ def test_gradients_through_a_folded_decoder_are_the_same(autoencoder):
 
     (loss, ours), (expected, theirs) = gradients(computed, folded), gradients(model, rest)
     np.testing.assert_allclose(loss, expected, rtol=1e-5)
-    for path, gradient in keys.flatten(theirs).items():
-        assert relative_error(np.asarray(keys.flatten(ours)[path]), np.asarray(gradient)) < 1e-3
+    for path, gradient in flatten_dict(theirs).items():
+        assert relative_error(np.asarray(flatten_dict(ours)[path]), np.asarray(gradient)) < 1e-3
 
 
 def test_a_network_that_trains_in_part_is_not_folded():
@@ -54,7 +55,7 @@ def test_kernels_cast_once_give_the_numbers_of_kernels_cast_at_each_call(autoenc
     model, params = fold.fold(*test_fold.make(autoencoder), pieces)
     model = dataclasses.replace(model, dtype="bfloat16")
     cast = fold.cast_kernels(model, params)
-    flat = keys.flatten(cast)
+    flat = flatten_dict(cast)
     assert flat["unet", "conv_in", "kernel"].dtype == "bfloat16"
     assert flat["unet", "conv_norm_out", "scale"].dtype == "float32"
     assert flat["prompt",].dtype == "float32"  # folding in training computes with it as it is
@@ -121,6 +122,22 @@ def test_a_teacher_of_many_steps_keeps_what_changes_from_step_to_step():
         "unet",
         "prompt",
     }
+
+
+@pytest.mark.parametrize(
+    ("beta", "needed"),
+    [
+        ({}, set()),
+        ({"latent": 1.0}, {"unet", "encoder", "prompt"}),
+        ({"teacher": 1.0}, {"unet", "encoder", "prompt", "decoder"}),
+    ],
+)
+def test_of_a_teacher_in_pixels_only_what_is_compared_with_is_there(beta, needed):
+    model = small_model(small_unet((8, 16), channels=8))
+    teacher = from_config.Start(model, init_params(model, 0))
+    config = common.training("pixel")
+    config.loss.beta.update({"latent": 0.0, "teacher": 0.0} | beta)
+    assert from_config.frozen_teacher(config, teacher).keys() == needed
 
 
 @pytest.mark.slow

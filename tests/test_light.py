@@ -8,10 +8,21 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+from flax.traverse_util import flatten_dict
 
 from configs import cache as cache_config
 from configs import common, stage1, stage2
-from d3epth_jax import cache, from_config, inference, losses, macs, sharding, train, training_data
+from d3epth_jax import (
+    atomic,
+    cache,
+    from_config,
+    inference,
+    losses,
+    macs,
+    sharding,
+    train,
+    training_data,
+)
 from d3epth_jax.metric_writer import read_metrics
 from d3epth_jax.models import presets
 from d3epth_jax.models.config import AutoencoderKLConfig
@@ -77,7 +88,7 @@ def test_diffusers_builds_the_same_tensors_at_full_size(name):
     trees = (ours["unet"], {part: ours[part] for part in ("encoder", "decoder")})
     for net, tree in zip(nets, trees, strict=True):
         theirs = {key: x.numel() for key, x in net.state_dict().items()}
-        assert {keys.torch_key(p): x.size for p, x in keys.flatten(tree).items()} == theirs
+        assert {keys.torch_key(p): x.size for p, x in flatten_dict(tree).items()} == theirs
 
 
 @pytest.mark.parametrize("name", ["d3_fast", "d3_turbo"])
@@ -107,7 +118,7 @@ def origins(tmp_path_factory):
     folder = tmp_path_factory.mktemp("origins")
     hub.save_model(folder / "teacher", TEACHER, oracle.random_like(abstract_params(TEACHER)))
     (folder / "taesd").mkdir()
-    files.write_json(folder / "taesd/config.json", TAESD.to_dict())
+    atomic.write_json(folder / "taesd/config.json", TAESD.to_dict())
     vae = oracle.torch_tiny(TAESD)
     files.write(folder / f"taesd/{hub.STEM}.safetensors", oracle.tensors_of(vae))
     return folder
@@ -234,7 +245,7 @@ def test_every_weight_of_the_light_part_has_a_gradient_of_the_loss(
         return losses.batch_mean(values[term], weights[term])
 
     slopes = jax.jit(jax.grad(loss))(params[part], params, of_teacher)
-    for path, slope in keys.flatten(slopes).items():
+    for path, slope in flatten_dict(slopes).items():
         assert np.any(slope != 0), path
 
 

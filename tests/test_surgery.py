@@ -6,6 +6,7 @@ import json
 import jax
 import numpy as np
 import pytest
+from flax.traverse_util import flatten_dict
 
 from d3epth_jax.models import presets
 from d3epth_jax.models.config import TinyAutoencoderConfig, UNetConfig
@@ -100,7 +101,7 @@ def test_the_copy_fits_turbo_at_full_size():
 
 def copy_of_shapes(student: UNetConfig) -> None:
     shapes = [
-        {p: np.broadcast_to(np.float32(0), x.shape) for p, x in keys.flatten(tree).items()}
+        {p: np.broadcast_to(np.float32(0), x.shape) for p, x in flatten_dict(tree).items()}
         for tree in map(oracle.abstract_unet, (student, presets.SD2_UNET))
     ]
     own, params = map(keys.unflatten, shapes)

@@ -83,7 +83,8 @@ def main(width: float) -> dict[str, int]:
 
 
 if __name__ == "__main__":
-    os.environ.setdefault("JAX_PLATFORMS", "cpu")
+    if "JAX_PLATFORMS" not in os.environ:
+        jax.config.update("jax_platforms", "cpu")
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument(
         "width", metavar="WIDTH", nargs="?", type=float, choices=(1, 0.25), default=1

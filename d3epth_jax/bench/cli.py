@@ -19,7 +19,7 @@ from d3epth_jax.bench import measure
 from d3epth_jax.bench.plan import WHAT, plan
 from d3epth_jax.output import show
 
-OK, SOME_FAILED, UNUSABLE, INTERRUPTED = 0, 1, 2, 130
+OK, SOME_FAILED = 0, 1
 
 # What is measured where nothing else is said.
 USUAL = {"what": ["predict"], "dtype": "float32", "batch": [1], "fold": "yes", "out": None}
@@ -43,7 +43,7 @@ def add_bench(commands) -> None:
         help="parameters, MACs, speed and memory of models, here",
         description="Measures presets (with random weights: they cost the same) or model"
         " directories, each in a process of its own. Without a network.",
-        epilog="`d3epth bench --all` is everything an accelerator is to show: all presets folded"
+        epilog="`d3epth bench --all` is what an accelerator is to show: all presets folded"
         " and not, one beside diffusers where that is installed, a stage-2 step with as many"
         " pictures of 32 at a time as fit (else a half, a quarter, ...: then also 32 by"
         " accumulation), rematerialised and not, stage 1 from cached"
@@ -252,9 +252,8 @@ def _write(args: argparse.Namespace, rows: list[dict]) -> None:
 
     content = {"machine": machine(), "rows": rows}
     text = report.document(**content)
-    for name, data in ((RESULTS, json.dumps(content, indent=1)), ("bench.md", text)):
-        with atomic.replacing(args.out / name) as partial:
-            partial.write_text(data)
+    atomic.write_text(args.out / RESULTS, json.dumps(content, indent=1))
+    atomic.write_text(args.out / "bench.md", text)
     chart = report.macs_chart(rows)
     if chart is None:  # there may be one of before
         (args.out / "macs.png").unlink(missing_ok=True)

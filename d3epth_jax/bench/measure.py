@@ -65,7 +65,7 @@ def measured(job: dict, args: argparse.Namespace, *ready: Future) -> dict:
     measure = {"predict": _predict, "pieces": _pieces}.get(job["what"], _train)
     try:
         return job | measure(job, args, *(future.result() for future in ready))
-    except WorkerError as error:
+    except (WorkerError, OSError) as error:  # such as a full disk
         say(f"    failed: {error}")
         return job | {"error": str(error)}
 
@@ -155,7 +155,7 @@ def _predict(job: dict, args: argparse.Namespace, ready: Ready | None = None) ->
                 asked = "diffusers"
                 theirs = _worker(stack, "compare_diffusers", {})
                 _compare(job, args, ours, theirs, folder, saved, row)
-        except WorkerError as error:  # the whole has been measured
+        except (WorkerError, OSError) as error:  # the whole has been measured
             say(f"    {asked} failed: {error}")
             row["error"] = f"{asked}: {error}"
     return row
@@ -254,7 +254,7 @@ def _train(job: dict, args: argparse.Namespace, ready: Ready | None = None) -> d
             row["results"] = [step(largest["micro"], largest["micro"])["result"]]
         if micro < batch and not job["micro"]:
             row["results"].append(step(micro, batch)["result"])
-    except WorkerError as error:  # one has been measured
+    except (WorkerError, OSError) as error:  # one has been measured
         say(f"    failed: {error}")
         row["error"] = f"after a step of {largest['micro']}: {error}"
     return row

@@ -3,7 +3,6 @@
 import argparse
 import difflib
 import importlib.util
-import json
 import os
 import pathlib
 import re
@@ -153,11 +152,11 @@ def exists(name: str) -> bool:
 def _reads_depth(name: str) -> bool:
     """Whether a UNet takes RGB and depth latent, which diffusers' pipeline always gives it."""
     from d3epth_jax.models import presets
+    from d3epth_jax.weights import files
 
     if is_model(name):
         unet, vae = (
-            json.loads((_folder(name) / part / "config.json").read_text())
-            for part in ("unet", "vae")
+            files.read_json(_folder(name) / part / "config.json") for part in ("unet", "vae")
         )
         return unet.get("in_channels", 4) == 2 * vae.get("latent_channels", 4)
     if name not in presets.PRESETS:

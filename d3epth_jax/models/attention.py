@@ -1,5 +1,7 @@
 """Softmax attention in bounded memory, in the form that each kind of device computes fast."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 
@@ -60,10 +62,12 @@ def _chunked(q, k, v, mask):
     at_once = max(MIN_QUERIES, limit // max(1, batch * heads * k.shape[1]))
     chunks = -(-queries // at_once)
     # Arranged once, for all chunks: [B, heads, N, D], [B, heads, D, M], [B, heads, M, D].
-    q = jnp.swapaxes(q, 1, 2) * depth**-0.5
+    q, scale = jnp.swapaxes(q, 1, 2), depth**-0.5
+    if q.dtype.itemsize > 2:  # there are fewer of them than logits; but in 16 bits they would round
+        q, scale = q * scale, 1.0
     k, v = jnp.transpose(k, (0, 2, 3, 1)), jnp.swapaxes(v, 1, 2)
     if chunks <= 1:
-        return jnp.swapaxes(_attend(q, k, v, mask), 1, 2)
+        return jnp.swapaxes(_attend(scale, q, k, v, mask), 1, 2)
     size = -(-queries // chunks)
 
     def split(x):
@@ -77,7 +81,7 @@ def _chunked(q, k, v, mask):
     wide, dtype = [x.astype(jnp.float32) for x in (k, v)], k.dtype
 
     def attend(part):
-        return _attend(part[0], *(x.astype(dtype) for x in wide), *part[1:])
+        return _attend(scale, part[0], *(x.astype(dtype) for x in wide), *part[1:])
 
     out = jax.lax.map(attend, parts)
     # [chunks, B, heads, size, D] -> [B, N, heads, D]
@@ -85,14 +89,14 @@ def _chunked(q, k, v, mask):
     return out[:, :queries]
 
 
-@jax.custom_vjp
-def _attend(q, k, v, mask=None):
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _attend(scale, q, k, v, mask=None):
     """q [B, heads, N, D], k [B, heads, D, M], v [B, heads, M, D], mask [N, M] -> as q."""
-    return _attend_forward(q, k, v, mask)[0]
+    return _attend_forward(scale, q, k, v, mask)[0]
 
 
-def _attend_forward(q, k, v, mask=None):
-    logits = _logits(q, k, mask)
+def _attend_forward(scale, q, k, v, mask=None):
+    logits = _logits(scale, q, k, mask)
     top = logits.max(-1, keepdims=True)
     weights = jnp.exp(logits - top)
     total = weights.sum(-1, keepdims=True)
@@ -101,14 +105,14 @@ def _attend_forward(q, k, v, mask=None):
     return out, (q, k, v, mask, out, top + jnp.log(total))
 
 
-def _attend_backward(kept, d_out):
+def _attend_backward(scale, kept, d_out):
     """Computes the weights again, from the logarithm of their sum: nothing [N, M] was kept."""
     q, k, v, mask, out, log_total = kept
-    weights = jnp.exp(_logits(q, k, mask) - log_total)
+    weights = jnp.exp(_logits(scale, q, k, mask) - log_total)
     d_v = _product("bhnm,bhnd->bhmd", weights, d_out)
     d_weights = _product("bhnd,bhmd->bhnm", d_out, v)
     shared = jnp.sum(d_out.astype(jnp.float32) * out, axis=-1, keepdims=True)
-    d_logits = weights * (d_weights - shared)
+    d_logits = scale * weights * (d_weights - shared)
     d_q = _product("bhnm,bhdm->bhnd", d_logits, k)
     d_k = _product("bhnd,bhnm->bhdm", q, d_logits)
     return d_q.astype(q.dtype), d_k.astype(k.dtype), d_v.astype(v.dtype), None
@@ -117,8 +121,8 @@ def _attend_backward(kept, d_out):
 _attend.defvjp(_attend_forward, _attend_backward)
 
 
-def _logits(q, k, mask):
-    logits = _product("bhnd,bhdm->bhnm", q, k)
+def _logits(scale, q, k, mask):
+    logits = scale * _product("bhnd,bhdm->bhnm", q, k)
     return logits if mask is None else jnp.where(mask, logits, jnp.finfo(jnp.float32).min)
 
 

@@ -131,11 +131,16 @@ class UNetConfig:
         return heads if isinstance(heads, tuple) else (heads,) * len(self.block_out_channels)
 
     @property
+    def attending(self) -> list[int]:
+        """The level of each block that attends to the prompt."""
+        blocks = [*enumerate(self.down_block_types), *enumerate(self.up_block_types[::-1])]
+        blocks.append((len(self.block_out_channels) - 1, self.mid_block_type))
+        return [level for level, kind in blocks if kind in (_CROSS_DOWN, _CROSS_MID, _CROSS_UP)]
+
+    @property
     def needs_prompt(self) -> bool:
         """True if any block attends to the prompt."""
-        return bool({_CROSS_DOWN, _CROSS_MID} & {*self.down_block_types, self.mid_block_type}) or (
-            _CROSS_UP in self.up_block_types
-        )
+        return bool(self.attending)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -40,7 +40,7 @@ class DepthModel:
       starts_at_zero: inference starts from zero latents whatever the number of steps.
       prompt_padding: of the empty prompt, "do_not_pad" or "max_length".
       base: what the weights come from, OWNER/NAME@COMMIT or a folder's name; "" for nothing.
-      dtype: compute type of the networks, one of COMPUTE_TYPES; parameters stay float32.
+      dtype: compute type of the networks, one of COMPUTE_TYPES; parameters keep their own.
       remat: recompute activations in the backward pass instead of keeping them.
       attention: how it is computed, "auto" or "chunked" (`models.attention`).
       folding: what the parameters have folded into them.

@@ -2,7 +2,8 @@
 
 Every numeric detail that a port can get wrong is one named constant or function here (METHOD 1),
 so that tests/test_models_broken.py can break each on purpose and see parity fail.
-Parameters are float32 and computation is in `dtype`, but norms' statistics and softmax are float32.
+Computation is in `dtype`, whatever type parameters have, but norms' statistics and softmax are
+float32.
 """
 
 import math

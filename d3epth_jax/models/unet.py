@@ -169,18 +169,10 @@ class UpBlock(_Block):
 
 def needs_prompt(config: UNetConfig, folding: Folding) -> bool:
     """Whether any block still reads the prompt."""
-    levels = [
-        i
-        for kinds in (config.down_block_types, config.up_block_types[::-1])
-        for i, kind in enumerate(kinds)
-        if "CrossAttn" in kind
-    ]
-    if config.mid_block_type is not None and "CrossAttn" in config.mid_block_type:
-        levels.append(len(config.block_out_channels) - 1)
     tokens = folding.prompt_tokens
     return any(
         not (tokens and layers.collapses(config.block_out_channels[i], config.heads[i], tokens))
-        for i in levels
+        for i in config.attending
     )
 
 

@@ -86,7 +86,6 @@ def teach(
     *,
     steps: int = 1,
     with_target: bool = True,
-    min_valid: int = 16,
 ) -> tuple[dict, dict]:
     """What a teacher gives for pictures and their depth, and its UNet's features by name.
 
@@ -105,7 +104,7 @@ def teach(
     lesson = {"rgb_latent": rgb_latent, "teacher_latent": latent}
     if with_target:
         target, has_target = targets.normalize(
-            batch["depth"], batch["mask"], space=teacher.prediction_type, min_valid=min_valid
+            batch["depth"], batch["mask"], space=teacher.prediction_type
         )
         cells = targets.latent_mask(batch["mask"], factor=teacher.downsample)
         filled = targets.fill_invalid(target, batch["mask"], space=teacher.prediction_type)
@@ -145,7 +144,6 @@ def make_loss(
     share_encoder: bool = True,
     teacher_steps: int = 1,
     cached: bool = False,
-    min_valid: int = 16,
 ):
     """The loss function of stage 1.
 
@@ -189,7 +187,7 @@ def make_loss(
     def given(of_teacher, batch) -> tuple[dict, dict]:
         """(lesson, the teacher's features), made now or read from the batch."""
         if not cached:
-            options = {"with_target": "gt" in terms, "min_valid": min_valid}
+            options = {"with_target": "gt" in terms}
             return teach(teacher, of_teacher, batch, steps=teacher_steps, **options)
         if not pairs:
             return batch, {}

@@ -52,9 +52,10 @@ def make_loss(
     known = (*TASKS, "range", "latent", "teacher")
     if unknown := set(terms) - set(known):
         raise ValueError(f"unknown terms {sorted(unknown)}; stage 2 knows {list(known)}")
-    if {"latent", "teacher"} & set(terms) and teacher is None:
+    compared = {"latent", "teacher"} & set(terms)
+    if compared and teacher is None:
         raise ValueError("the terms latent and teacher compare with a teacher: none was given")
-    if {"latent", "teacher"} & set(terms) and model.prediction_type != teacher.prediction_type:
+    if compared and model.prediction_type != teacher.prediction_type:
         raise ValueError(
             f"the student predicts {model.prediction_type}, its teacher {teacher.prediction_type}:"
             " they cannot be compared"
@@ -97,7 +98,7 @@ def make_loss(
         weights = dict.fromkeys(everything, of_tasks)
         if "range" in terms:
             everything["range"] = alignment.masked_mean(jnp.abs(depth - target), mask)
-        if teacher is not None and {"latent", "teacher"} & set(terms):
+        if compared:
             of_teacher = frozen["teacher"]
             rgb_latent = inference.encode_image(teacher, of_teacher, image)
             teacher_latent, _ = inference.predict_latent(teacher, of_teacher, rgb_latent)

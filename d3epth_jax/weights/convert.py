@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
 
 from d3epth_jax.weights import keys
 
@@ -24,7 +25,7 @@ def from_torch(
     ValueError listing every missing, unexpected and wrongly shaped key.
     """
     expected = {
-        keys.torch_key(path): (path, x) for path, x in keys.flatten(abstract_params).items()
+        keys.torch_key(path): (path, x) for path, x in flatten_dict(abstract_params).items()
     }
     problems = [
         f"missing: {key} {_torch_shape(*expected[key])}" for key in expected if key not in tensors
@@ -48,7 +49,7 @@ def from_torch(
         flat[path] = array
     if problems:
         raise ValueError("\n  ".join(["the weights do not fit the model:", *problems]))
-    return keys.unflatten(flat)
+    return unflatten_dict(flat)
 
 
 def to_torch(params: Mapping[str, Any], *, dtype: Any = None) -> dict[str, np.ndarray]:
@@ -57,7 +58,7 @@ def to_torch(params: Mapping[str, Any], *, dtype: Any = None) -> dict[str, np.nd
         keys.torch_key(path): np.asarray(
             keys.to_torch_layout(path, np.asarray(x)), dtype, order="C"
         )
-        for path, x in keys.flatten(params).items()
+        for path, x in flatten_dict(params).items()
     }
 
 
@@ -66,7 +67,7 @@ def require_range(folders: Mapping[str, Mapping[str, Any]], dtype: Any) -> None:
     beyond = [
         f"{folder}: {keys.torch_key(path)}"
         for folder, params in folders.items()
-        for path, x in keys.flatten(params).items()
+        for path, x in flatten_dict(params).items()
         if _overflows(np.asarray(x), dtype)
     ]
     if beyond:

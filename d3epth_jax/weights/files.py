@@ -127,12 +127,6 @@ def fresh_directory(directory: str | os.PathLike) -> Iterator[pathlib.Path]:
             raise
 
 
-def write_json(path: pathlib.Path, content: Mapping) -> None:
-    """Writes a JSON file, whole or not at all."""
-    with atomic.replacing(path) as partial:
-        partial.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-
-
 def read_json(path: pathlib.Path) -> dict:
     """An object in a JSON file; ValueError names a file that holds something else."""
     try:

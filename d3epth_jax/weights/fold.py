@@ -17,6 +17,7 @@ from collections.abc import Iterable
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
 
 from d3epth_jax.models import convolution, layers
 from d3epth_jax.models.depth_model import DepthModel
@@ -50,15 +51,15 @@ def fold(
             f" {start}: {', '.join(SINGLE_STEP)} cannot be folded for both; set one to the other,"
             " or do not fold"
         )
-    flat = keys.flatten(params)
+    flat = flatten_dict(params)
     for piece in there:
         if piece in pieces:
             model = _FOLDS[piece](model, flat)
-    return model, keys.unflatten(flat)
+    return model, unflatten_dict(flat)
 
 
 def foldable(model: DepthModel, *, single_step: bool = True) -> tuple[str, ...]:
-    """What is not folded yet: for one step from a zero latent, or for any of both."""
+    """What is not folded yet: for one step from a zero latent, or for any steps and latents."""
     absent = {
         "time": model.folding.time,
         "prompt": not model.needs_prompt,
@@ -93,7 +94,7 @@ def fold_in_training(model: DepthModel, params: Params) -> tuple[DepthModel, Par
 
 
 def fold_frozen(model: DepthModel, trainable: Params, rest: Params) -> tuple[DepthModel, Params]:
-    """(model, `rest`) with folded what does not train: of networks that are in `rest` as a whole.
+    """Folds every network that is frozen as a whole: (model, the new `rest`).
 
     The gradient flows through them as it would otherwise. Merged with `trainable` they are the
     parameters of the model that is returned; what is saved is made with the `rest` given.
@@ -111,13 +112,13 @@ def cast_kernels(model: DepthModel, params: Params) -> Params:
     convolution, which compute in float32 or cost nothing to cast, stay as they are, and so do the
     phases of upsampling, which are put together again in float32 where a size is odd.
     """
-    flat, kind = keys.flatten(params), jnp.dtype(model.dtype)
+    flat, kind = flatten_dict(params), jnp.dtype(model.dtype)
     exact = ("prompt",), ("decoder", _last_of_decoder(flat), "kernel")
     cast = {
         path: x if x.ndim in (0, 1, PHASES) or path in exact else x.astype(kind, copy=False)
         for path, x in flat.items()
     }
-    return keys.unflatten(cast)
+    return unflatten_dict(cast)
 
 
 def _time(model: DepthModel, flat: Flat) -> DepthModel:

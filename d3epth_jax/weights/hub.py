@@ -20,11 +20,13 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
 
-from d3epth_jax import checkpoint
+from d3epth_jax import atomic, checkpoint
 from d3epth_jax.alignment import SPACES
 from d3epth_jax.models.config import AutoencoderKLConfig, TinyAutoencoderConfig, UNetConfig
 from d3epth_jax.models.depth_model import DepthModel, abstract_autoencoder, abstract_params
+from d3epth_jax.models.folding import NOT_FOLDED
 from d3epth_jax.schedule import NoiseSchedule
 from d3epth_jax.typing import Params
 from d3epth_jax.weights import convert, download, files, keys, prompt
@@ -119,18 +121,20 @@ def save_model(
     the names of the weights' files ("fp16"). `layout`: "orbax" writes {unet, encoder, decoder} as
     one Orbax tree beside the same JSON files, which `load_model` reads as well, but diffusers not.
     FileExistsError if the directory holds anything but a model, ValueError if `dtype` cannot hold
-    the numbers of some tensors.
+    the numbers of some tensors, and for a folded model, which nothing reads.
     """
     require_replaceable(directory)
+    if model.folding != NOT_FOLDED:
+        raise ValueError("a folded model cannot be read again: save what it was folded from")
     vae = {name: params[name] for name in ("encoder", "decoder")}
     if dtype is not None:
         prompted = {"text_encoder": text.params} if text else {}
         convert.require_range({"unet": params["unet"], "vae": vae, **prompted}, dtype)
     with files.fresh_directory(directory) as fresh:
-        files.write_json(fresh / "model_index.json", _index(model, text))
-        files.write_json(fresh / "unet/config.json", model.unet.to_dict())
-        files.write_json(fresh / "vae/config.json", model.autoencoder.to_dict())
-        files.write_json(fresh / "scheduler/scheduler_config.json", model.schedule.to_dict())
+        atomic.write_json(fresh / "model_index.json", _index(model, text))
+        atomic.write_json(fresh / "unet/config.json", model.unet.to_dict())
+        atomic.write_json(fresh / "vae/config.json", model.autoencoder.to_dict())
+        atomic.write_json(fresh / "scheduler/scheduler_config.json", model.schedule.to_dict())
         if layout == "orbax":
             trees = {"unet": params["unet"], **vae}
             checkpoint.save_tree(fresh / ORBAX, jax.tree.map(lambda x: np.asarray(x, dtype), trees))
@@ -352,7 +356,7 @@ def _read_weights(
 
 
 def _read_orbax(directory: pathlib.Path, shapes: Params, dtype) -> Params:
-    stored, wanted = (keys.flatten(t) for t in (checkpoint.read_tree(directory), shapes))
+    stored, wanted = (flatten_dict(t) for t in (checkpoint.read_tree(directory), shapes))
     problems = [f"missing: {'/'.join(path)}" for path in wanted if path not in stored]
     problems += [f"unexpected: {'/'.join(path)}" for path in stored if path not in wanted]
     problems += [
@@ -362,7 +366,7 @@ def _read_orbax(directory: pathlib.Path, shapes: Params, dtype) -> Params:
     ]
     if problems:
         raise ValueError("\n  ".join(["the weights do not fit the model:", *problems]))
-    return keys.unflatten({path: np.asarray(x, dtype) for path, x in stored.items()})
+    return unflatten_dict({path: np.asarray(x, dtype) for path, x in stored.items()})
 
 
 def _read_prompt(directory: pathlib.Path, model: DepthModel, text) -> np.ndarray:

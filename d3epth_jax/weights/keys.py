@@ -108,26 +108,6 @@ def to_torch_layout(path: Path, array: np.ndarray) -> np.ndarray:
     return _transpose(path, array, _TO_TORCH)
 
 
-def flatten(params: Mapping[str, Any], prefix: Path = ()) -> dict[Path, Any]:
-    """Nested dict -> {path: leaf}, in the tree's order."""
-    flat = {}
-    for name, value in params.items():
-        path = (*prefix, name)
-        flat.update(flatten(value, path) if isinstance(value, Mapping) else {path: value})
-    return flat
-
-
-def unflatten(flat: Mapping[Path, Any]) -> dict[str, Any]:
-    """{path: leaf} -> nested dict."""
-    params: dict[str, Any] = {}
-    for (*modules, leaf), value in flat.items():
-        node = params
-        for name in modules:
-            node = node.setdefault(name, {})
-        node[leaf] = value
-    return params
-
-
 def _transpose(path: Path, array: np.ndarray, axes: Mapping[int, tuple[int, ...]]) -> np.ndarray:
     if path[-1] != "kernel":
         return array

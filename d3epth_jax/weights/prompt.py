@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from d3epth_jax import atomic
 from d3epth_jax.models.config import TextEncoderConfig
 from d3epth_jax.models.text_encoder import TextEncoder
 from d3epth_jax.typing import Params
@@ -50,7 +51,7 @@ class PromptEncoder:
 
     def save(self, directory: pathlib.Path, *, dtype=None, variant: str | None = None) -> None:
         """Writes text_encoder/ and tokenizer/ below the directory."""
-        files.write_json(directory / "text_encoder/config.json", self.config)
+        atomic.write_json(directory / "text_encoder/config.json", self.config)
         tensors = convert.to_torch(self.params, dtype=dtype or self.dtype)
         files.write(directory / "text_encoder" / files.single_name(STEM, variant), tensors)
         (directory / "tokenizer").mkdir()

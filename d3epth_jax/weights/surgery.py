@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
 
 from d3epth_jax.models.config import TinyAutoencoderConfig, UNetConfig
 from d3epth_jax.models.depth_model import DepthModel
@@ -99,7 +100,7 @@ def copy_from_teacher(
     ValueError, naming all of that, where it is more than half of the student.
     """
     levels, more = len(student.block_out_channels), len(teacher.block_out_channels)
-    source, own = keys.flatten(teacher_params), keys.flatten(student_params)
+    source, own = flatten_dict(teacher_params), flatten_dict(student_params)
     origins = {
         path: _teacher_path(
             path,
@@ -123,7 +124,7 @@ def copy_from_teacher(
     params = {path: source[taken[path]] if path in taken else own[path] for path in own}
     used = set(taken.values())
     left_out = [path for path in source if path not in used]
-    return Copied(keys.unflatten(params), list(taken), fresh, left_out)
+    return Copied(unflatten_dict(params), list(taken), fresh, left_out)
 
 
 def in_modules(paths: Iterable[keys.Path]) -> str:

@@ -5,9 +5,9 @@ import numpy as np
 from d3epth_jax.data.procedural.parts import Part, Thing
 
 
-def _legs(role, x, z, height, thick, shape="box"):
+def _legs(role, x, z, height, thick):
     return tuple(
-        Part(shape, role, (i * x, height / 2, j * z), (thick, height, thick))
+        Part("box", role, (i * x, height / 2, j * z), (thick, height, thick))
         for i in (-1, 1)
         for j in (-1, 1)
     )

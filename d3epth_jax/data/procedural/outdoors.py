@@ -5,12 +5,12 @@ import numpy as np
 from d3epth_jax.data.procedural.parts import PARTS, Part, Thing
 
 
-def _foliage(count, radius, height, spread, role="foliage", shape="ellipsoid", squash=0.8):
+def _foliage(count, radius, height, spread, squash=0.8):
     """`count` ellipsoids around a vertical axis; the golden angle makes them look unordered."""
     return tuple(
         Part(
-            shape,
-            role,
+            "ellipsoid",
+            "foliage",
             (
                 spread * np.cos(2.4 * i) * (i > 0),
                 height + (i / max(count - 1, 1) - 0.5) * spread * 1.2,

@@ -1,6 +1,6 @@
 """What the things in the scenes are made of: simple convex parts, sizes in metres.
 
-A part is the unit cube cut by one quadric (render.py), so boxes, cylinders, ellipsoids, bowls and
+A part is the unit cube cut by one quadric (trace.py), so boxes, cylinders, ellipsoids, bowls and
 rounded boxes share one intersection routine. Objects stand on y = 0, their back is at +z.
 """
 

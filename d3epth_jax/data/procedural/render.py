@@ -46,7 +46,7 @@ def render_scene(scene: Scene, height: int, width: int):
     }
 
 
-@functools.partial(jax.jit, static_argnames=("height", "width", "pixel_aspects", "at_once"))
+@functools.partial(jax.jit, static_argnames=("height", "width", "pixel_aspects"))
 def render(
     seed,
     indices,
@@ -54,7 +54,6 @@ def render(
     height: int,
     width: int,
     pixel_aspects: tuple[float, float] = (1.0, 1.0),
-    at_once: int | None = None,
 ):
     """Scenes by number: {"image" uint8 [B,H,W,3], "depth" float32 [B,H,W,1] m, "mask" [B,H,W,1]}.
 
@@ -64,8 +63,8 @@ def render(
     not on the resolution: bit for bit within one compiled program, up to rounding between programs.
     `pixel_aspects`: width over height of a scene's pixels, log-uniform between the two but for a
     share of square ones: as pictures of other shapes that are stretched to this one.
-    `at_once` scenes per device are rendered together, group after group: by default few on a CPU,
-    which is fastest while it stays within its cache, and many elsewhere.
+    Group after group of scenes is rendered, few per device on a CPU, which is fastest while it
+    stays within its cache, and many elsewhere.
     """
 
     keys = jax.random.key(seed)
@@ -75,7 +74,7 @@ def render(
 
     scenes = jax.vmap(scene)(indices)
     batch = indices.shape[0]
-    at_once = at_once or (4 if jax.default_backend() == "cpu" else 64)
+    at_once = 4 if jax.default_backend() == "cpu" else 64
     size = math.gcd(batch, at_once * jax.device_count())
 
     def group(v):  # [B, ...] -> [steps, size, ...], strided: a sharded batch stays sharded

@@ -62,12 +62,7 @@ def read(item: Item) -> files.Sample:
 
 def read_npy(path: Path) -> np.ndarray:
     """Numbers [H,W] of an .npy of [H,W] or [H,W,1]; ValueError that names the file."""
-    try:
-        array = np.load(path, allow_pickle=False)
-    except FileNotFoundError:
-        raise
-    except (OSError, ValueError, EOFError) as error:
-        raise ValueError(f"{path}: unreadable .npy: {error}") from error
+    array = files.read_npy(path)
     if array.dtype.kind not in "fiub" or array.ndim < 2 or array.shape[2:] not in ((), (1,)):
         raise ValueError(f"{path}: {array.dtype} {list(array.shape)}, expected numbers [H,W,1]")
     return array.reshape(array.shape[:2])

@@ -218,6 +218,16 @@ def unequal(paths: Mapping[str, Path], arrays: Mapping[str, np.ndarray]) -> str:
     return f"{paths['image']}: picture is {size} but {', '.join(others)}" if others else ""
 
 
+def read_npy(path: Path) -> np.ndarray:
+    """The array of an .npy, which is never unpickled; ValueError that names an unreadable file."""
+    try:
+        return np.load(path, allow_pickle=False)
+    except FileNotFoundError:
+        raise
+    except (OSError, ValueError, EOFError) as error:
+        raise ValueError(f"{path}: unreadable .npy: {error}") from error
+
+
 def read_png_depth(path: Path, depth_scale: float) -> np.ndarray:
     """Depth [H,W,1] in metres, float32, of a 16-bit (or 32-bit integer) PNG; 0 stays 0.
 

@@ -105,10 +105,7 @@ def read_depth(path, depth_scale: float | None = None) -> np.ndarray:
     """
     path = Path(path)
     if path.suffix.lower() == ".npy":
-        try:
-            depth = np.load(path, allow_pickle=False).squeeze()
-        except (OSError, ValueError, EOFError) as error:
-            raise ValueError(f"{path}: unreadable .npy: {error}") from error
+        depth = files.read_npy(path).squeeze()
         if depth.ndim != 2 or depth.dtype.kind not in "fiu":
             shape = f"{depth.dtype} {list(depth.shape)}"
             raise ValueError(f"{path}: not a depth map: {shape}, expected [H, W]")
