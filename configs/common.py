@@ -96,7 +96,7 @@ def tfds(path: str, split: str, dataset: str = "") -> ConfigDict:
 
 
 def evaluation(source: ConfigDict, *, protocol: str = "default") -> ConfigDict:
-    """How models are evaluated (d3epth_jax/protocols.py); the default is 0.001 to 80 m, no crop."""
+    """How models are evaluated (evaluation/protocols.py); the default is 0.001 to 80 m, no crop."""
     return ConfigDict(
         {
             "source": source,

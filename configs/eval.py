@@ -8,7 +8,7 @@
 
 A model is a directory, a hub id, or nano or nano-teacher; --config.models.second takes one more.
 The word after the colon is a benchmark: nyu, kitti, eth3d, scannet, diode, ibims or hypersim. It
-sets the source and the protocol (d3epth_jax/protocols.py: range, crop, inference size, alignment);
+sets the source and the protocol (evaluation/protocols.py: range, crop, inference size, alignment);
 single values can be changed, and then stand in the result's header:
 
     --config.eval.crop=kitti_garg --config.eval.max_depth=50 --config.eval.alignment=disparity

@@ -121,7 +121,7 @@ def convert(args: argparse.Namespace) -> int:
     """`d3epth convert`: the exit code."""
     import numpy as np
 
-    from d3epth_jax import from_config
+    from d3epth_jax.training import from_config
     from d3epth_jax.weights import hub
 
     run = pathlib.Path(args.source)

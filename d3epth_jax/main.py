@@ -69,7 +69,8 @@ def main(argv: list[str]) -> None:
 def _jobs() -> dict:
     """{name: (function that checks a config, function that runs it in a workdir)}."""
     # Imported here: `--help` and a typo in a config need no JAX.
-    from d3epth_jax import ablation, cache, check_config, evaluate, train
+    from d3epth_jax.evaluation import evaluate
+    from d3epth_jax.training import ablation, cache, check_config, train
 
     return {
         "ablation": (ablation.check, ablation.run),

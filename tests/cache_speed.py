@@ -17,11 +17,12 @@ import jax
 import numpy as np
 import optax
 
-from d3epth_jax import sharding, steps, weighting
+from d3epth_jax import sharding, weighting
 from d3epth_jax.models import presets
 from d3epth_jax.models.depth_model import DepthModel, init_params
-from d3epth_jax.stages import latent
-from d3epth_jax.train_state import init_train_state, split_trainable
+from d3epth_jax.training import steps
+from d3epth_jax.training.stages import latent
+from d3epth_jax.training.train_state import init_train_state, split_trainable
 from d3epth_jax.weights import fold
 
 # The innermost maps are 3x4: those smaller than the kernel XLA convolves ten times more slowly.

@@ -9,9 +9,11 @@ from PIL import Image
 
 from configs import common
 from configs.nano import ablation as ablation_config
-from d3epth_jax import ablation, ablation_report, data, evaluate, macs, main, train
+from d3epth_jax import data, macs, main
+from d3epth_jax.evaluation import evaluate
 from d3epth_jax.models import presets
 from d3epth_jax.models.depth_model import DepthModel, init_params
+from d3epth_jax.training import ablation, ablation_report, train
 from d3epth_jax.weights import hub
 from tests.conftest import small_model, small_unet, write_pairs
 

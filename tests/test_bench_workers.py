@@ -7,15 +7,16 @@ import numpy as np
 import pytest
 
 from configs import d2, stage1, stage2
-from d3epth_jax import from_config, macs, sharding
+from d3epth_jax import macs, sharding
 from d3epth_jax.bench import predict as bench
 from d3epth_jax.bench import train as bench_train
 from d3epth_jax.bench.worker import Worker, WorkerError
 from d3epth_jax.models import presets
 from d3epth_jax.models.config import AutoencoderKLConfig
 from d3epth_jax.models.depth_model import DepthModel, init_params
-from d3epth_jax.stages import pixel
-from d3epth_jax.train_state import init_train_state
+from d3epth_jax.training import from_config
+from d3epth_jax.training.stages import pixel
+from d3epth_jax.training.train_state import init_train_state
 from d3epth_jax.weights import fold, hub
 from tests.conftest import small_model, small_unet
 

@@ -12,15 +12,15 @@ import pytest
 
 from configs import cache as cache_config
 from configs import common, quickstart
-from d3epth_jax import cache, ensemble, from_config, inference, sharding, train, training_data
-from d3epth_jax import image as image_lib
+from d3epth_jax import ensemble, image, inference, sharding
 from d3epth_jax.data.sources import latents
 from d3epth_jax.data.sources.files import SourceError
 from d3epth_jax.data.sources.latents import CachedLatents
 from d3epth_jax.metric_writer import read_metrics
 from d3epth_jax.models import presets
 from d3epth_jax.models.depth_model import init_params
-from d3epth_jax.stages import latent
+from d3epth_jax.training import cache, from_config, train, training_data
+from d3epth_jax.training.stages import latent
 from d3epth_jax.weights import files, hub
 from tests import cache_speed
 from tests.conftest import small_model, small_unet, with_teachers_autoencoder, write_pairs
@@ -48,7 +48,7 @@ def teacher(tmp_path_factory):
 def pairs(tmp_path_factory):
     root = write_pairs(tmp_path_factory.mktemp("pairs"), 12, height=32, width=56)
     # One depth everywhere has no range to normalise: no target.
-    image_lib.save_png(root / "depth/003.png", np.full((32, 56), 3000, np.uint16))
+    image.save_png(root / "depth/003.png", np.full((32, 56), 3000, np.uint16))
     return root
 
 
@@ -155,7 +155,7 @@ def damage(path):
 
 
 def test_hosts_share_the_shards_whoever_comes_first(quick, tmp_path, monkeypatch, caplog):
-    caplog.set_level("INFO", "d3epth_jax.cache")
+    caplog.set_level("INFO", "d3epth_jax.training.cache")
     cache.run(quick, tmp_path / "one")
     everything, folder = contents(tmp_path / "one"), tmp_path / "several/main"
 
@@ -182,7 +182,7 @@ def test_two_processes_do_not_fill_one_folder(quick, tmp_path):
     folder = tmp_path / "main"
     (folder / THIRD).unlink()
     code = (
-        "import pathlib, sys; from d3epth_jax import cache; folder = pathlib.Path(sys.argv[1])\n"
+        "import pathlib, sys; from d3epth_jax.training import cache; folder = pathlib.Path(sys.argv[1])\n"
         "with cache.claim(folder, cache.latents.read_manifest(folder)) as missing: print(missing)"
     )
     command = [sys.executable, "-c", code, folder]

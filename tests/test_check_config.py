@@ -7,8 +7,8 @@ import pytest
 
 from configs import quickstart, stage2
 from configs.nano import train as nano
-from d3epth_jax import check_config, from_config, train
 from d3epth_jax.models.depth_model import init_params
+from d3epth_jax.training import check_config, from_config, train
 from d3epth_jax.weights import hub
 from tests.conftest import small_model
 

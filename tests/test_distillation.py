@@ -4,8 +4,8 @@ import pytest
 
 from configs import common, quickstart
 from configs.nano import train as nano
-from d3epth_jax import train
 from d3epth_jax.metric_writer import read_metrics
+from d3epth_jax.training import train
 
 HEIGHT, WIDTH = 48, 64
 

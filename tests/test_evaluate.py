@@ -8,11 +8,12 @@ from ml_collections import ConfigDict
 
 from configs import common
 from configs import eval as eval_config
-from d3epth_jax import baselines, evaluate, evaluation, image
+from d3epth_jax import image
 from d3epth_jax.data.sources.folder import folder
-from d3epth_jax.evaluate import make_predictors, model_predictor, saved_predictions
-from d3epth_jax.evaluation import Predictor
-from d3epth_jax.protocols import make_protocol
+from d3epth_jax.evaluation import baselines, evaluate, scores
+from d3epth_jax.evaluation.evaluate import make_predictors, model_predictor, saved_predictions
+from d3epth_jax.evaluation.protocols import make_protocol
+from d3epth_jax.evaluation.scores import Predictor
 from tests.conftest import write_pairs
 
 
@@ -49,7 +50,7 @@ def test_saved_predictions_are_scored_by_their_samples_names(pairs, tmp_path):
     settings["predict's png"].space = "disparity"
     predictors = saved_predictions(settings, pairs, 0)
     predictors["shuffled"] = Predictor(predictors["float64"].predict, shuffled=True)
-    results = evaluation.evaluate(predictors, pairs, batch_size=3, num_pictures=0)
+    results = scores.evaluate(predictors, pairs, batch_size=3, num_pictures=0)
     assert results.mean("float64") <= 1e-6 and results.mean("with axis") <= 1e-6
     assert results.mean("png") < 1e-4 and results.mean("predict's png") < 1e-4  # 16 bits
     assert results.mean("shuffled") > 0.1
@@ -60,7 +61,7 @@ def test_metric_predictions_use_their_scale(pairs, tmp_path):
     settings = {"metric": saved_as(pairs, tmp_path / "m", lambda d: d * 2 * 4000, ".png")}
     settings["metric"].scale = 4000.0
     protocol = make_protocol("default", alignment="none")
-    results = evaluation.evaluate(
+    results = scores.evaluate(
         saved_predictions(settings, pairs, 0), pairs, protocol, num_pictures=0
     )
     assert results.mean("metric") == pytest.approx(1, rel=1e-4)  # twice the depth
@@ -78,7 +79,7 @@ def test_what_predict_wrote_for_the_sources_folder_is_found(pairs, tmp_path):
         file.parent.mkdir(parents=True, exist_ok=True)
         np.save(file, pairs[i]["depth"][..., 0])
     settings = {"ours": SimpleNamespace(path=str(tmp_path / "out"), space="depth", scale=1.0)}
-    results = evaluation.evaluate(saved_predictions(settings, pairs, 0), pairs, num_pictures=0)
+    results = scores.evaluate(saved_predictions(settings, pairs, 0), pairs, num_pictures=0)
     assert results.mean("ours") <= 1e-6
 
 
@@ -195,7 +196,7 @@ def test_a_models_processing_resolution_is_told_and_used(pairs, resolution, told
     protocol = make_protocol("default", processing_resolution=resolution)
     predictor = model_predictor(Pipeline(), protocol, 4)
     assert told in predictor.note and predictor.space == "disparity"
-    evaluation.evaluate({"model": predictor}, pairs, protocol, num_pictures=0)
+    scores.evaluate({"model": predictor}, pairs, protocol, num_pictures=0)
     assert calls == [
         {"processing_resolution": 768 if resolution < 0 else resolution, "batch_size": 4}
     ]
@@ -211,7 +212,7 @@ def test_baselines_also_come_in_the_space_that_something_is_aligned_in(pairs, tm
     predictors = make_predictors(config, pairs)
     more = [] if alignment else ["constant in sqrt_disparity", "ramp in sqrt_disparity"]
     assert sorted(predictors) == sorted(["constant", "ramp", "other", *more])
-    results = evaluation.evaluate(predictors, pairs, num_pictures=0)
+    results = scores.evaluate(predictors, pairs, num_pictures=0)
     if not alignment:  # what is lower is nearer: a disparity that grows downwards
         column = predictors["ramp in sqrt_disparity"].predict(np.zeros((1, 4, 2, 3), np.uint8))[0]
         np.testing.assert_allclose(column[:, 0, 0], [1, 1.25, 1.5, 1.75])

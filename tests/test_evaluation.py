@@ -9,10 +9,11 @@ import sys
 import numpy as np
 import pytest
 
-from d3epth_jax import baselines, image
+from d3epth_jax import image
 from d3epth_jax.data.sources.folder import folder
-from d3epth_jax.evaluation import Predictor, batch_size_for, evaluate, score
-from d3epth_jax.protocols import PROTOCOLS, make_protocol
+from d3epth_jax.evaluation import baselines
+from d3epth_jax.evaluation.protocols import PROTOCOLS, make_protocol
+from d3epth_jax.evaluation.scores import Predictor, batch_size_for, evaluate, score
 from d3epth_jax.tables import format_table
 from tests import metrics_oracle
 from tests.conftest import scenes
@@ -320,9 +321,9 @@ def test_large_pictures_come_in_small_batches():
 MEMORY = """
 import pathlib, sys
 import numpy as np
-from d3epth_jax import baselines
-from d3epth_jax.evaluation import Predictor, evaluate
-from d3epth_jax.protocols import PROTOCOLS
+from d3epth_jax.evaluation import baselines
+from d3epth_jax.evaluation.scores import Predictor, evaluate
+from d3epth_jax.evaluation.protocols import PROTOCOLS
 
 class Source:
     def __init__(self, *size):

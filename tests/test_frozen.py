@@ -8,10 +8,11 @@ import pytest
 from flax.traverse_util import flatten_dict
 
 from configs import common, stage2
-from d3epth_jax import from_config, inference, train
+from d3epth_jax import inference
 from d3epth_jax.models.depth_model import init_params
-from d3epth_jax.stages import latent, pixel
-from d3epth_jax.train_state import merge, split_trainable
+from d3epth_jax.training import from_config, train
+from d3epth_jax.training.stages import latent, pixel
+from d3epth_jax.training.train_state import merge, split_trainable
 from d3epth_jax.weights import fold
 from tests import test_fold, train_memory
 from tests.conftest import scenes, small_model, small_unet

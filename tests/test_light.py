@@ -12,22 +12,13 @@ from flax.traverse_util import flatten_dict
 
 from configs import cache as cache_config
 from configs import common, stage1, stage2
-from d3epth_jax import (
-    atomic,
-    cache,
-    from_config,
-    inference,
-    losses,
-    macs,
-    sharding,
-    train,
-    training_data,
-)
+from d3epth_jax import atomic, inference, losses, macs, sharding
 from d3epth_jax.metric_writer import read_metrics
 from d3epth_jax.models import presets
 from d3epth_jax.models.config import AutoencoderKLConfig
 from d3epth_jax.models.depth_model import DepthModel, abstract_params, count_params
-from d3epth_jax.stages import latent
+from d3epth_jax.training import cache, from_config, train, training_data
+from d3epth_jax.training.stages import latent
 from d3epth_jax.weights import files, fold, hub, keys
 from tests import unet_oracle as oracle
 from tests.conftest import scenes, write_pairs

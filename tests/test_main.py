@@ -12,8 +12,9 @@ import pytest
 from configs import common, quickstart, stage2
 from configs import eval as eval_config
 from configs.nano import train as nano
-from d3epth_jax import data, evaluate, main
+from d3epth_jax import data, main
 from d3epth_jax.config_arguments import in_a_sentence, wrong_keys
+from d3epth_jax.evaluation import evaluate
 from tests.conftest import write_pairs
 
 ROOT = main.pathlib.Path(__file__).parents[1]

@@ -9,12 +9,13 @@ from PIL import Image
 
 from configs import common
 from configs.nano import train as nano
-from d3epth_jax import baselines, cli, data, macs, pipeline
-from d3epth_jax.evaluate import model_predictor
-from d3epth_jax.evaluation import Predictor, evaluate
+from d3epth_jax import cli, data, macs, pipeline
+from d3epth_jax.evaluation import baselines
+from d3epth_jax.evaluation.evaluate import model_predictor
+from d3epth_jax.evaluation.protocols import make_protocol
+from d3epth_jax.evaluation.scores import Predictor, evaluate
 from d3epth_jax.models import presets
 from d3epth_jax.pipeline import DepthPipeline
-from d3epth_jax.protocols import make_protocol
 from d3epth_jax.weights import hub
 from d3epth_jax.weights.download import BUNDLED, locate
 

@@ -6,7 +6,7 @@ import numpy as np
 import optax
 import pytest
 
-from d3epth_jax import optim
+from d3epth_jax.training import optim
 
 
 def test_rounding_at_random_is_right_in_the_mean():

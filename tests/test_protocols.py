@@ -8,8 +8,9 @@ from ml_collections import ConfigDict
 
 from configs import common
 from configs import eval as eval_config
-from d3epth_jax import alignment, data, evaluate, metrics
-from d3epth_jax.protocols import CROPS, PROTOCOLS, Protocol, make_protocol
+from d3epth_jax import alignment, data, metrics
+from d3epth_jax.evaluation import evaluate
+from d3epth_jax.evaluation.protocols import CROPS, PROTOCOLS, Protocol, make_protocol
 from tests import metrics_oracle
 
 

@@ -8,8 +8,9 @@ import pytest
 
 from configs import quickstart
 from configs.nano import train as nano
-from d3epth_jax import atomic, data, runs, train
+from d3epth_jax import atomic, data
 from d3epth_jax.models.depth_model import init_params
+from d3epth_jax.training import runs, train
 from d3epth_jax.weights import hub
 from tests.conftest import small_model, small_unet, write_pairs
 from tests.test_train import on_pairs

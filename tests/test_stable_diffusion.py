@@ -13,9 +13,10 @@ import torch
 from PIL import Image
 
 from configs import common
-from d3epth_jax import DepthPipeline, from_config, train
+from d3epth_jax import DepthPipeline
 from d3epth_jax import image as image_lib
 from d3epth_jax.models import presets
+from d3epth_jax.training import from_config, train
 from d3epth_jax.weights import files, hub, surgery
 from tests import pipeline_oracle as oracle
 from tests.conftest import write_pairs

@@ -7,10 +7,11 @@ import optax
 import pytest
 from flax.traverse_util import flatten_dict
 
-from d3epth_jax import inference, losses, sharding, steps, weighting
+from d3epth_jax import inference, losses, sharding, weighting
 from d3epth_jax.models.depth_model import init_params
-from d3epth_jax.stages import latent, pixel
-from d3epth_jax.train_state import (
+from d3epth_jax.training import steps
+from d3epth_jax.training.stages import latent, pixel
+from d3epth_jax.training.train_state import (
     HostAverage,
     ema_decay,
     init_train_state,

@@ -11,12 +11,12 @@ from ml_collections import ConfigDict
 
 from configs import common, quickstart, stage1, stage2
 from configs.nano import train as nano
-from d3epth_jax import from_config, train
 from d3epth_jax.checkpoint import Checkpoints
 from d3epth_jax.data.sources.files import SourceError
 from d3epth_jax.metric_writer import MetricWriter, read_metrics
 from d3epth_jax.models import presets
 from d3epth_jax.models.depth_model import init_params
+from d3epth_jax.training import from_config, train
 from d3epth_jax.weights import hub
 from tests.conftest import small_model, small_unet, with_teachers_autoencoder, write_pairs
 

@@ -8,8 +8,9 @@ import pytest
 
 from configs import cache, common, d2, quickstart, stage1, stage2
 from configs.nano import train as nano
-from d3epth_jax import check_config, cli, data, sharding, train, training_data
+from d3epth_jax import cli, data, sharding
 from d3epth_jax.data.sources.files import SourceError
+from d3epth_jax.training import check_config, train, training_data
 from tests.conftest import write_pairs
 from tests.test_train import on_pairs
 

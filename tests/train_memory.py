@@ -16,13 +16,14 @@ import jax
 import numpy as np
 
 from configs import stage2
-from d3epth_jax import from_config, sharding, train
+from d3epth_jax import sharding
 from d3epth_jax.bench.cli import when
 from d3epth_jax.bench.predict import device
 from d3epth_jax.bench.train import planned
 from d3epth_jax.models import presets
 from d3epth_jax.models.depth_model import DepthModel, abstract_params
-from d3epth_jax.train_state import init_train_state, split_trainable
+from d3epth_jax.training import from_config, train
+from d3epth_jax.training.train_state import init_train_state, split_trainable
 from tests.cache_speed import quarter
 
 CARD = 24 * 2**30

@@ -30,10 +30,11 @@ def ours(parts: bool) -> dict:
     import jax.numpy as jnp
     import numpy as np
 
-    from d3epth_jax import optim, sharding, steps, weighting
+    from d3epth_jax import sharding, weighting
     from d3epth_jax.models.depth_model import init_params
-    from d3epth_jax.stages import pixel
-    from d3epth_jax.train_state import init_train_state, split_trainable
+    from d3epth_jax.training import optim, steps
+    from d3epth_jax.training.stages import pixel
+    from d3epth_jax.training.train_state import init_train_state, split_trainable
     from d3epth_jax.weights import fold
     from tests.cache_speed import quarter
 

@@ -12,14 +12,15 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from d3epth_jax import macs, memory, optim, sharding, steps, weighting
+from d3epth_jax import macs, memory, sharding, weighting
 from d3epth_jax.bench.predict import device, matmul_peak, most_memory, read
 from d3epth_jax.bench.worker import serve
 from d3epth_jax.models import presets
 from d3epth_jax.models.config import TinyAutoencoderConfig
 from d3epth_jax.models.depth_model import DepthModel, count_params
-from d3epth_jax.stages import latent, pixel
-from d3epth_jax.train_state import TrainState, init_train_state, merge, split_trainable
+from d3epth_jax.training import optim, steps
+from d3epth_jax.training.stages import latent, pixel
+from d3epth_jax.training.train_state import TrainState, init_train_state, merge, split_trainable
 from d3epth_jax.typing import Params
 from d3epth_jax.weights import fold
 
@@ -152,7 +153,7 @@ def recipe(stage: str, model: str, size: tuple[int, int], dtype: str, remat: boo
     if adapters:
         params, patterns = {**params, "adapters": adapters}, [*patterns, "adapters/"]
     trainable, rest = split_trainable(params, tuple(patterns))
-    # As train.py: what does not train is folded, and cast once.
+    # As from_config.make_stage: what does not train is folded, and cast once.
     student, rest = fold.fold_frozen(student, trainable, rest)
     frozen = jax.device_put({"rest": fold.cast_kernels(student, rest), "teacher": of_teacher})
     forward = _forward(student, merge(trainable, rest), size)

@@ -4,7 +4,7 @@
     latents-IIIII-of-NNNNN.safetensors      [n,F,...] of n samples: F is 1, or 2 with mirror images
         rgb_latent, teacher_latent, gt_latent   float16 [n,F,h,w,C]
         latent_mask, has_target                 uint8 [n,F,h,w,1] and [n,F], 0 or 1
-A shard is whole or not there (d3epth_jax/cache.py writes them); the cache is whole once all are.
+A shard is whole or not there (training/cache.py writes them); the cache is whole once all are.
 Its metadata has its arrays' SHA-256; the job that makes the cache verifies it, readers do not.
 """
 

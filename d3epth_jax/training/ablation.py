@@ -12,23 +12,19 @@ from collections.abc import Iterable, Mapping
 
 import jax
 
-from d3epth_jax import (
+from d3epth_jax import atomic, data, hosts, macs, sharding
+from d3epth_jax.evaluation import evaluate
+from d3epth_jax.output import show
+from d3epth_jax.training import (
     ablation_report,
-    atomic,
     cache,
     check_config,
-    data,
-    evaluate,
     from_config,
-    hosts,
-    macs,
     runs,
-    sharding,
     train,
     training_data,
 )
-from d3epth_jax.output import show
-from d3epth_jax.train_state import merge
+from d3epth_jax.training.train_state import merge
 
 log = logging.getLogger(__name__)
 

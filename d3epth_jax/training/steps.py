@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import optax
 
 from d3epth_jax.losses import batch_sums
-from d3epth_jax.train_state import TrainState, ema_decay, merge
+from d3epth_jax.training.train_state import TrainState, ema_decay, merge
 from d3epth_jax.weighting import Weighting
 
 

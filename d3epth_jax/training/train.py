@@ -20,25 +20,17 @@ import jax
 import numpy as np
 import optax
 
-from d3epth_jax import (
-    check_config,
-    from_config,
-    gallery,
-    hosts,
-    runs,
-    sharding,
-    steps,
-    training_data,
-)
+from d3epth_jax import gallery, hosts, sharding
 from d3epth_jax import image as image_lib
 from d3epth_jax.checkpoint import Checkpoints, abstract
-from d3epth_jax.evaluate import model_predictor, protocol_of
-from d3epth_jax.evaluation import evaluate
+from d3epth_jax.evaluation.evaluate import model_predictor, protocol_of
+from d3epth_jax.evaluation.scores import evaluate
 from d3epth_jax.metric_writer import MetricWriter, read_metrics
 from d3epth_jax.models.depth_model import DepthModel
 from d3epth_jax.pipeline import DepthPipeline
 from d3epth_jax.progress import Progress
-from d3epth_jax.train_state import HostAverage, TrainState, init_train_state, merge
+from d3epth_jax.training import check_config, from_config, runs, steps, training_data
+from d3epth_jax.training.train_state import HostAverage, TrainState, init_train_state, merge
 from d3epth_jax.typing import Params
 from d3epth_jax.weights import hub
 from d3epth_jax.weights.prompt import PromptEncoder

@@ -2,13 +2,14 @@
 
 import jax
 
-from d3epth_jax import from_config, losses, optim, training_data
+from d3epth_jax import losses
 from d3epth_jax.alignment import SPACES
-from d3epth_jax.evaluate import LEAST as EVALUATED
-from d3epth_jax.evaluate import too_small
+from d3epth_jax.evaluation.evaluate import LEAST as EVALUATED
+from d3epth_jax.evaluation.evaluate import too_small
 from d3epth_jax.models import presets
 from d3epth_jax.models.attention import OF_A_MODEL
 from d3epth_jax.models.depth_model import COMPUTE_TYPES
+from d3epth_jax.training import from_config, optim, training_data
 from d3epth_jax.weights import surgery
 
 STAGES = ("pixel", "latent")

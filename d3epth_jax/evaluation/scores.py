@@ -10,8 +10,8 @@ import numpy as np
 from d3epth_jax import atomic, gallery, metrics
 from d3epth_jax import image as image_lib
 from d3epth_jax.data import read_samples
+from d3epth_jax.evaluation.protocols import PROTOCOLS, Protocol
 from d3epth_jax.progress import Progress
-from d3epth_jax.protocols import PROTOCOLS, Protocol
 from d3epth_jax.tables import format_table
 
 COLUMNS = {  # of the table; metric key: (title, digits). All metrics are in the files.

@@ -11,19 +11,12 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
-from d3epth_jax import (
-    atomic,
-    data,
-    ensemble,
-    from_config,
-    inference,
-    sharding,
-    training_data,
-)
+from d3epth_jax import atomic, data, ensemble, inference, sharding
 from d3epth_jax.data import loader
 from d3epth_jax.data.sources import latents
 from d3epth_jax.progress import Progress
-from d3epth_jax.stages import latent
+from d3epth_jax.training import from_config, training_data
+from d3epth_jax.training.stages import latent
 from d3epth_jax.weights import fold
 
 log = logging.getLogger(__name__)

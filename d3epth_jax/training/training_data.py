@@ -16,7 +16,7 @@ from d3epth_jax.data import loader, manifest
 from d3epth_jax.data.sources.files import SourceError
 from d3epth_jax.data.sources.latents import CachedLatents
 from d3epth_jax.data.transforms import CROPS, choose_side
-from d3epth_jax.stages import latent
+from d3epth_jax.training.stages import latent
 from d3epth_jax.weights import hub
 
 MAIN = "main"  # the name of what `data` itself describes

@@ -4,12 +4,13 @@ import logging
 import math
 import pathlib
 
-from d3epth_jax import baselines, data
-from d3epth_jax.evaluation import Predictor, batch_size_for, evaluate, name_of, spread
+from d3epth_jax import data
+from d3epth_jax.evaluation import baselines
+from d3epth_jax.evaluation.protocols import Protocol, make_protocol
+from d3epth_jax.evaluation.scores import Predictor, batch_size_for, evaluate, name_of, spread
 from d3epth_jax.metrics import EXPONENT
 from d3epth_jax.output import show
 from d3epth_jax.pipeline import DepthPipeline
-from d3epth_jax.protocols import Protocol, make_protocol
 from d3epth_jax.weights.download import may_be_read
 
 log = logging.getLogger(__name__)

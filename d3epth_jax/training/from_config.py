@@ -11,13 +11,14 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from d3epth_jax import losses, optim, runs, sharding, training_data, weighting
+from d3epth_jax import losses, sharding, weighting
 from d3epth_jax.checkpoint import Checkpoints, abstract
 from d3epth_jax.models import presets
 from d3epth_jax.models.config import TinyAutoencoderConfig
 from d3epth_jax.models.depth_model import DepthModel, count_params, init_params
-from d3epth_jax.stages import latent, pixel
-from d3epth_jax.train_state import init_train_state, merge, split_trainable
+from d3epth_jax.training import optim, runs, training_data
+from d3epth_jax.training.stages import latent, pixel
+from d3epth_jax.training.train_state import init_train_state, merge, split_trainable
 from d3epth_jax.typing import Params
 from d3epth_jax.weights import fold, hub, surgery
 from d3epth_jax.weights.download import may_be_read
