@@ -118,6 +118,14 @@ def evaluation(source: ConfigDict, *, protocol: str = "default") -> ConfigDict:
     )
 
 
+def evaluation_job(evaluation: ConfigDict, models: dict[str, str]) -> ConfigDict:
+    """An evaluation of these {name: directory or hub id} and of no baseline."""
+    job = {"job": "eval", "eval": evaluation, "models": models, "baselines": ()}
+    # The rows' order, those with pictures (() for all), and the one that is also shown others'.
+    job |= {"order": (), "pictured": (), "shuffled": ""}
+    return ConfigDict(job)
+
+
 def training(stage: str) -> ConfigDict:
     """A training job; `stage` is "latent" (stage 1) or "pixel" (stage 2, and D^2epth)."""
     config = ConfigDict()

@@ -137,11 +137,7 @@ def train(config: ConfigDict, job: ConfigDict, steps: str, half: bool = False) -
 
 def evaluation(source: ConfigDict) -> ConfigDict:
     """An evaluation of one model, which the job fills in, as configs/eval.py."""
-    config = ConfigDict({"job": "eval", "eval": common.evaluation(source)})
-    config.models = ConfigDict({"model": ""})
-    config.baselines = config.order = config.pictured = ()
-    config.shuffled = ""
-    return config
+    return common.evaluation_job(common.evaluation(source), {"model": ""})
 
 
 def full_arms(config: ConfigDict, tiny: bool) -> dict[str, ConfigDict]:

@@ -88,13 +88,11 @@ def compare(
 
     The last is also evaluated with its pictures shuffled.
     """
-    config = ConfigDict()
-    config.job = "eval"
-    config.eval = common.evaluation(scenes(common.PROCEDURAL_TEST, 16 if tiny else 512, size))
+    held_out = scenes(common.PROCEDURAL_TEST, 16 if tiny else 512, size)
+    config = common.evaluation_job(common.evaluation(held_out), models)
     config.eval.processing_resolution = -1
     config.baselines = ("constant", "ramp")
-    config.models = ConfigDict(models)
-    config.order = tuple(models)  # of the table's rows
+    config.order = tuple(models)
     config.shuffled = list(models)[-1]
     config.pictured = ("ramp", *models)
     return config
