@@ -182,8 +182,8 @@ def test_two_processes_do_not_fill_one_folder(quick, tmp_path):
     folder = tmp_path / "main"
     (folder / THIRD).unlink()
     code = (
-        "import pathlib, sys; from d3epth_jax.training import cache; folder = pathlib.Path(sys.argv[1])\n"
-        "with cache.claim(folder, cache.latents.read_manifest(folder)) as missing: print(missing)"
+        "import pathlib, sys; from d3epth_jax.training import cache; at = pathlib.Path(sys.argv[1])\n"
+        "with cache.claim(at, cache.latents.read_manifest(at)) as missing: print(missing)"
     )
     command = [sys.executable, "-c", code, folder]
     with cache.claim(folder, latents.read_manifest(folder)) as missing:
