@@ -182,7 +182,7 @@ def test_two_processes_do_not_fill_one_folder(quick, tmp_path):
     folder = tmp_path / "main"
     (folder / THIRD).unlink()
     code = (
-        "import pathlib, sys; from d3epth_jax.training import cache; at = pathlib.Path(sys.argv[1])\n"
+        "import sys; from d3epth_jax.training import cache; at = cache.pathlib.Path(sys.argv[1])\n"
         "with cache.claim(at, cache.latents.read_manifest(at)) as missing: print(missing)"
     )
     command = [sys.executable, "-c", code, folder]
