@@ -185,13 +185,7 @@ def make(
 ) -> None:
     """Computes and writes shards, each a file's name and the numbers of its samples."""
     sides, size = 2 if part.flip > 0 else 1, config.data.batch_size
-    transforms = loader.standard_transforms(
-        (part.height, part.width),
-        flip=0,
-        crop=part.crop,
-        max_depth=part.max_depth,
-        filters=dict(part.filter),
-    )
+    transforms = training_data.standard_transforms(part, flip=0)
 
     def both_sides(batch: dict) -> dict[str, np.ndarray]:
         """{key: [n,F,...]} as stored; the last batch is filled up, so that one program does all."""

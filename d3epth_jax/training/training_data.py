@@ -295,9 +295,14 @@ def transforms(config, part) -> list[loader.Transform]:
     """From a sample of a part's source to what a batch holds."""
     if config.teacher.cache:
         return [functools.partial(choose_side, probability=part.flip)]
+    return standard_transforms(part, part.flip)
+
+
+def standard_transforms(part, flip: float) -> list[loader.Transform]:
+    """What METHOD 9 does to a part's samples."""
     return loader.standard_transforms(
         (part.height, part.width),
-        flip=part.flip,
+        flip=flip,
         crop=part.crop,
         max_depth=part.max_depth,
         filters=dict(part.filter),
