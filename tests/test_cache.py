@@ -413,7 +413,7 @@ def test_teachers_of_several_steps_give_latents_and_no_features(pairs, teacher, 
     batch = {"image": np.zeros((1, 16, 24, 3), np.uint8)}
     losses, *_ = jax.jit(loss_fn)(lively(TEACHER, 4), {"teacher": read.params}, batch)
     assert np.isfinite(losses["out"]).all()
-    config.stage = "pixel"
+    config.stage, config.loss.beta = "pixel", {"latent": 0.0, "teacher": 1.0}
     with pytest.raises(
         ValueError, match=r"takes 3 denoising step\(s\) from noise: the pixel stage"
     ):

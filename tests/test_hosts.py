@@ -22,7 +22,8 @@ PROCESS = """
 import logging, os, pathlib, signal, sys, time
 logging.basicConfig(level=logging.INFO)
 logging.getLogger("absl").setLevel(logging.WARNING)
-from d3epth_jax import config_arguments, hosts, sharding, train
+from d3epth_jax import config_arguments, hosts, sharding
+from d3epth_jax.training import train
 devices, where, pairs, workdir, ending = sys.argv[1:]
 sharding.use_cpu_cores(int(devices))
 sharding.params_sharding.__kwdefaults__["min_size"] = 16

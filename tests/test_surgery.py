@@ -6,7 +6,7 @@ import json
 import jax
 import numpy as np
 import pytest
-from flax.traverse_util import flatten_dict
+from flax.traverse_util import flatten_dict, unflatten_dict
 
 from d3epth_jax.models import presets
 from d3epth_jax.models.config import TinyAutoencoderConfig, UNetConfig
@@ -104,7 +104,7 @@ def copy_of_shapes(student: UNetConfig) -> None:
         {p: np.broadcast_to(np.float32(0), x.shape) for p, x in flatten_dict(tree).items()}
         for tree in map(oracle.abstract_unet, (student, presets.SD2_UNET))
     ]
-    own, params = map(keys.unflatten, shapes)
+    own, params = map(unflatten_dict, shapes)
     assert not surgery.copy_from_teacher(student, presets.SD2_UNET, own, params).fresh
 
 
