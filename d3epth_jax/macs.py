@@ -13,7 +13,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.extend import core
 
 from d3epth_jax import inference
@@ -117,10 +116,7 @@ def folded(
     # Views of one number: as many shapes as it takes, and hardly a byte.
     params = jax.tree.map(lambda x: np.broadcast_to(np.zeros((), x.dtype), x.shape), params)
     model, params = fold.fold(model, params, pieces)
-    shapes = {
-        path: jax.ShapeDtypeStruct(x.shape, x.dtype) for path, x in flatten_dict(params).items()
-    }
-    return model, unflatten_dict(shapes)
+    return model, jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), params)
 
 
 def of_training(

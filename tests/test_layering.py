@@ -196,7 +196,7 @@ def test_the_checker_passes_a_sound_package():
         ("losses", "import flax\nx = flax.linen.Dense", "losses imports flax.linen"),
         ("losses", "import torch.nn", "torch, which is for bench.compare_diffusers"),
         ("models.unet", "from diffusers import UNet2DModel", "diffusers"),
-        ("losses", "import ml_collections", "ml_collections, which is for main"),
+        ("losses", "import ml_collections", "which is for main, training.from_config"),
         ("models.unet", "import grain.python", "grain, which is for data, checkpoint"),
         ("typing", "from d3epth_jax.losses import ssi", "circle of imports"),
         ("data.transforms", "import jax.numpy", "data.transforms must not need JAX"),

@@ -187,8 +187,8 @@ def make_loss(
     def given(of_teacher, batch) -> tuple[dict, dict]:
         """(lesson, the teacher's features), made now or read from the batch."""
         if not cached:
-            options = {"with_target": "gt" in terms}
-            return teach(teacher, of_teacher, batch, steps=teacher_steps, **options)
+            wanted = "gt" in terms
+            return teach(teacher, of_teacher, batch, steps=teacher_steps, with_target=wanted)
         if not pairs:
             return batch, {}
         rgb_latent = batch["rgb_latent"].astype(jnp.float32)
