@@ -34,7 +34,6 @@ def get_config(argument: str | None = None) -> ConfigDict:
             "attention": "auto",  # | chunked: without a GPU's fused kernel
         }
     )
-    config.data = common.training_data(common.folder("DIR", split="train"), 480, 640, crop="center")
     config.cache = ConfigDict(
         {
             "ensemble": 1,  # members from different noise, merged in pixel space and encoded again
@@ -42,7 +41,7 @@ def get_config(argument: str | None = None) -> ConfigDict:
             "shard_size": 256,  # samples per file: what an interruption costs at most
         }
     )
-    config.data = common.data_of(word, config.data)
+    config.data = common.data_of(word, crop="center")
     config.data.batch_size = 16
     if word == "tiny":
         config.workdir = "runs/cache_tiny"

@@ -305,32 +305,36 @@ def marigold_data() -> ConfigDict:
     return data
 
 
-def data_of(word: str, own: ConfigDict) -> ConfigDict:
-    """The training data of one of DATA_WORDS; "" leaves a config's own."""
-    if word == "tfds":
-        own.source = tfds("DIR", "train")
-    if not word.startswith("marigold"):
-        return own
-    data = marigold_data()
-    if word == "marigold_built":  # the same, as `d3epth data build` wrote it, filters applied
-        data.source = tfds("DIR", "train", "hypersim")
-        data.also.vkitti2.source = tfds("DIR", "train", "vkitti2")
-    return data
+def data_of(word: str, crop: str = "random") -> ConfigDict:
+    """The training data of one of DATA_WORDS, or of "": pairs in a folder.
+
+    crop: of what has no shape of its own, which Marigold's have.
+    """
+    if word.startswith("marigold"):
+        data = marigold_data()
+        if word == "marigold_built":  # the same, as `d3epth data build` wrote it, filters applied
+            data.source = tfds("DIR", "train", "hypersim")
+            data.also.vkitti2.source = tfds("DIR", "train", "vkitti2")
+        return data
+    source = tfds("DIR", "train") if word == "tfds" else folder("DIR", split="train")
+    return training_data(source, 480, 640, crop=crop)
 
 
 def on_data(config: ConfigDict, word: str) -> ConfigDict:
-    """The config, a training, with the data of one of DATA_WORDS, and validation on its kind."""
-    every = config.eval.every
-    config.data = data_of(word, config.data)
-    if word == "tfds":
-        config.eval.source = tfds("DIR", "validation")
+    """The config, a training, with the data of `word` (data_of), and validation on its kind."""
+    config.data = data_of(word)
+    validation = {
+        "": folder("DIR", split="validation"),
+        "tfds": tfds("DIR", "validation"),
+        "marigold": hypersim("DIR", "validation"),
+        "marigold_built": tfds("DIR", "validation", "hypersim"),
+    }[word]
     if word.startswith("marigold"):
-        validation = {
-            "marigold": hypersim("DIR", "validation"),
-            "marigold_built": tfds("DIR", "validation", "hypersim"),
-        }[word]
+        every = config.eval.every
         config.eval = evaluation(validation, protocol="hypersim")
         config.eval.update(every=every, num_images=256)
+    else:
+        config.eval.source = validation
     return config
 
 

@@ -30,8 +30,6 @@ def get_config(argument: str | None = None) -> ConfigDict:
     config.workdir = "runs/d2"
     config.init = "DIR"
     config.model.processing_resolution = 768  # of what starts from a plain Stable Diffusion
-    config.data = common.training_data(common.folder("DIR", split="train"), 480, 640)
-    config.eval.source = common.folder("DIR", split="validation")
     config.model.dtype = "bfloat16"
     config.train.accumulate = 4  # of 8 pictures, activations kept: 35 GiB at 480x640
     config.schedule.learning_rate = 3e-5

@@ -57,8 +57,6 @@ def get_config(argument: str | None = None) -> ConfigDict:
     # Everything begins as the teacher's: pruned as BK-SDM, and the frozen autoencoder.
     config.model.unet = config.model.encoder = config.model.decoder = "teacher"
     config.model.processing_resolution = 768  # as configs/d2.py
-    config.data = common.training_data(common.folder("DIR", split="train"), 480, 640)
-    config.eval.source = common.folder("DIR", split="validation")
     config.model.dtype = "bfloat16"
     config.model.remat = True
     config.train.accumulate = 4

@@ -47,8 +47,6 @@ def get_config(argument: str | None = None) -> ConfigDict:
     config.workdir = "runs/stage2"
     config.init = "runs/stage1/model"
     config.trainable = ("unet/",)  # the decoder is the teacher's, of Stable Diffusion perhaps
-    config.data = common.training_data(common.folder("DIR", split="train"), 480, 640)
-    config.eval.source = common.folder("DIR", split="validation")
     config.model.dtype = "bfloat16"
     config.train.accumulate = 4  # of 8 pictures, activations kept
     if student:

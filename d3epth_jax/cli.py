@@ -8,7 +8,6 @@ import argparse
 import contextlib
 import itertools
 import logging
-import os
 import pathlib
 import sys
 from collections.abc import Iterable, Iterator, Sequence
@@ -16,7 +15,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from d3epth_jax import atomic, data_cli
 from d3epth_jax.argument_types import a_path, in_range
 from d3epth_jax.bench import cli as bench_cli
-from d3epth_jax.output import show
+from d3epth_jax.output import cannot_be_made, show
 from d3epth_jax.pictures import EXPECTED, Picture, find_pictures, name_outputs, reason
 
 log = logging.getLogger(__name__)
@@ -152,9 +151,8 @@ def predict(args: argparse.Namespace) -> int:
     if args.uncertainty and args.ensemble_size < 3:
         args.fail("--uncertainty compares an ensemble's members: set --ensemble-size to 3 or more")
     # Made with the first result; what cannot be made is told before a model is fetched and loaded.
-    there = next(path for path in (args.out, *args.out.parents) if os.path.lexists(path))
-    if not (os.path.isdir(there) and os.access(there, os.W_OK)):
-        args.fail(f"--out {args.out} cannot be made: {there} is no folder that can be written to")
+    if problem := cannot_be_made(args.out):
+        args.fail(f"--out {problem}")
 
     failed: dict[pathlib.Path, str] = {}
     pictures = name_outputs(find_pictures(args.inputs, args.out, failed), args.out)

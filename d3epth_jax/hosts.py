@@ -4,9 +4,13 @@ All run the same program in step, so whatever decides what is computed next must
 of them. They share the workdir, as Orbax's checkpoints need too.
 """
 
+import contextlib
 import itertools
+import logging
 import math
-from collections.abc import Callable
+import signal
+import threading
+from collections.abc import Callable, Iterator
 
 import jax
 import numpy as np
@@ -14,6 +18,8 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from d3epth_jax import sharding
+
+log = logging.getLogger(__name__)
 
 # Seconds that a process which failed waits for the others at its end, before it ends them.
 PATIENCE = 30
@@ -75,9 +81,34 @@ def require_one(job: str) -> None:
         raise ValueError(f"the job {job!r} runs in one process, not in {count}")
 
 
-def asked_to_end() -> bool:
-    """Whether SIGTERM came to any of several processes; all are told at one and the same call."""
-    return multihost_utils.reached_preemption_sync_point(next(_asked))
+@contextlib.contextmanager
+def asked_to_end() -> Iterator[Callable[[], bool]]:
+    """A function that says whether SIGTERM or SIGINT came; a second one interrupts at once.
+
+    Only in the main thread, which alone gets signals. Several processes are all told at one and the
+    same call, of SIGTERM alone.
+    """
+    if jax.process_count() > 1:
+        yield lambda: multihost_utils.reached_preemption_sync_point(next(_asked))
+        return
+    came = []
+
+    def note(number, frame):
+        if came:
+            raise KeyboardInterrupt
+        came.append(number)
+        log.warning("ending after this step, with a checkpoint; once more: at once")
+
+    alone = threading.current_thread() is threading.main_thread()
+    signals = (signal.SIGINT, signal.SIGTERM) if alone else ()
+    before = {number: signal.signal(number, note) for number in signals}
+    try:
+        yield lambda: bool(came)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    if came:  # after the last step, and nothing was lost
+        raise KeyboardInterrupt("the training had ended, and is saved")
 
 
 def local_mesh(mesh: Mesh) -> Mesh:

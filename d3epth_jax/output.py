@@ -1,6 +1,7 @@
 """What a command answers, on standard output; progress and problems go to standard error."""
 
 import os
+import pathlib
 import sys
 
 
@@ -11,3 +12,11 @@ def show(text: str) -> None:
     except BrokenPipeError:
         # Else what is still buffered fails again at the exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def cannot_be_made(folder: pathlib.Path) -> str:
+    """Why a folder for results cannot be made, as far as can be told before; "" if it can."""
+    there = next(path for path in (folder, *folder.parents) if os.path.lexists(path))
+    if os.path.isdir(there) and os.access(there, os.W_OK):
+        return ""
+    return f"{folder} cannot be made: {there} is no folder that can be written to"

@@ -321,7 +321,7 @@ class DepthPipeline:
         """
         if not self.fold:
             return self.model, self.params
-        single_step = num_inference_steps == 1 and latents is None and self.model.from_zeros
+        single_step = latents is None and self.model.one_step_from_zero(num_inference_steps)
         if single_step not in self._variants:
             pieces = fold.foldable(self.model, single_step=single_step)
             model, params = fold.fold(self.model, self.params, pieces)
@@ -346,7 +346,7 @@ class DepthPipeline:
 
     def _put(self, array: np.ndarray) -> jax.Array:
         if len(array) % self.mesh.size == 0:
-            return sharding.put_batch({"": array}, self.mesh)[""]
+            return sharding.put_batch(array, self.mesh)
         return jax.device_put(array, sharding.replicated(self.mesh))
 
 

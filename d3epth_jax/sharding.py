@@ -1,7 +1,6 @@
 """Where arrays live: a ("data", "fsdp") mesh, and rules on shapes."""
 
 import os
-from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 
 import jax
@@ -95,8 +94,8 @@ def put_params(tree, mesh: Mesh, dtype=None):
         return structure.unflatten(pool.map(put, leaves, shardings))
 
 
-def put_batch(batch: Mapping, mesh: Mesh) -> dict:
-    """This process's part of a batch, as one global array per name, split over all devices."""
+def put_batch(batch, mesh: Mesh):
+    """This process's part of a batch, an array or a tree of them, split over all devices."""
     sharding = NamedSharding(mesh, BATCH)
 
     def put(x):
@@ -104,4 +103,4 @@ def put_batch(batch: Mapping, mesh: Mesh) -> dict:
             return jax.device_put(x, sharding)
         return jax.make_array_from_process_local_data(sharding, np.asarray(x))
 
-    return {name: put(x) for name, x in batch.items()}
+    return jax.tree.map(put, batch)

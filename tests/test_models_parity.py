@@ -91,7 +91,7 @@ def unet_pair(name):
 def test_unet_and_its_features_equal_diffusers(name, size):
     config, net, params = unet_pair(name)
     sample = oracle.normal(1, 2, *size, config.in_channels)
-    prompt = oracle.normal(2, 1, 3, config.cross_attention_dim) if config.needs_prompt else None
+    prompt = oracle.normal(2, 1, 3, config.cross_attention_dim) if config.attending else None
     output, features = oracle.run_unet(UNet(config), params, sample, 999, prompt)
     reference, expected = oracle.run_torch_unet(net, sample, 999, prompt)
     assert oracle.relative_error(output, reference) <= oracle.TOLERANCE

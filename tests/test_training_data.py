@@ -9,6 +9,7 @@ import pytest
 from configs import cache, common, d2, quickstart, stage1, stage2
 from configs.nano import train as nano
 from d3epth_jax import cli, data, sharding
+from d3epth_jax.data import apart
 from d3epth_jax.data.sources.files import SourceError
 from d3epth_jax.training import check_config, train, training_data
 from tests.conftest import write_pairs
@@ -144,8 +145,8 @@ def test_a_picture_is_not_evaluated_on_through_another_folder(tmp_path):
     part = data.make_source("folder", path=tmp_path / "link", depth_scale=1000.0)
     other = data.make_source("folder", path=tmp_path / "all/office", depth_scale=1000.0)
     with pytest.raises(ValueError, match=r"4 samples are both .*kitchen/rgb/000.png the first"):
-        training_data.require_apart(whole, part)
-    training_data.require_apart(part, other)  # names alike, pictures not
+        apart.require_apart(whole, part)
+    apart.require_apart(part, other)  # names alike, pictures not
 
 
 def test_a_built_copy_of_what_is_evaluated_on_is_noticed(tmp_path, monkeypatch):
@@ -163,11 +164,11 @@ def test_a_built_copy_of_what_is_evaluated_on_is_noticed(tmp_path, monkeypatch):
         for split in ("train", "validation")
     }
     assert len(everything) == 10 and len(held) == 2
-    assert training_data.origin(everything) == str((tmp_path / "pairs").resolve())
+    assert apart.origin(everything) == str((tmp_path / "pairs").resolve())
     for training, validation in ((everything, held), (everything, raw["validation"])):
         with pytest.raises(ValueError, match="2 samples are both trained and evaluated on"):
-            training_data.require_apart(training, validation)
-    training_data.require_apart(raw["train"], held)
+            apart.require_apart(training, validation)
+    apart.require_apart(raw["train"], held)
 
 
 def test_two_indexes_below_one_folder_may_share_names(tmp_path):
@@ -180,7 +181,7 @@ def test_two_indexes_below_one_folder_may_share_names(tmp_path):
         for r in ("kitchen", "lab")
     )
     assert kitchen.name(0) == lab.name(0)
-    training_data.require_apart(kitchen, lab)
+    apart.require_apart(kitchen, lab)
 
 
 def test_scenes_of_one_seed_are_not_trained_and_evaluated_on():

@@ -58,7 +58,7 @@ def tensors_of(module: torch.nn.Module) -> dict[str, np.ndarray]:
 def abstract_unet(config: UNetConfig) -> dict:
     def init(key):
         sample = jnp.zeros((1, 8, 8, config.in_channels))
-        prompt = jnp.zeros((1, 2, config.cross_attention_dim)) if config.needs_prompt else None
+        prompt = jnp.zeros((1, 2, config.cross_attention_dim)) if config.attending else None
         return UNet(config).init(key, sample, 999, prompt)["params"]
 
     return jax.eval_shape(init, jax.random.key(0))

@@ -12,11 +12,12 @@ import pathlib
 import signal
 import subprocess
 import sys
+import tempfile
 
 from d3epth_jax import __version__
 from d3epth_jax.argument_types import a_path
 from d3epth_jax.bench import measure
-from d3epth_jax.bench.plan import WHAT, plan
+from d3epth_jax.bench.plan import WHAT, plan, problems_of
 from d3epth_jax.output import show
 
 OK, SOME_FAILED = 0, 1
@@ -101,7 +102,7 @@ def _bench(args: argparse.Namespace) -> int:
     for key, value in (ALL if args.all else USUAL).items():
         if getattr(args, key) is None:
             setattr(args, key, value)
-    problems, rows, failed = [], [], False
+    problems, rows, failed = problems_of(args), [], False
     for key in given:
         if not OF[key].intersection(args.what):
             of = " or ".join(sorted(OF[key]))
@@ -110,7 +111,16 @@ def _bench(args: argparse.Namespace) -> int:
         rows = _measured_before(args)
     except ValueError as error:
         problems.append(f"--resume: {error}")
-    jobs = plan(args, problems)
+    if args.out is not None and not problems:
+        try:
+            args.out.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=args.out):
+                pass
+        except OSError as error:
+            problems.append(f"--out {args.out} cannot be written to: {error}")
+    if problems:
+        args.fail("\n  ".join(["cannot measure:", *problems]))
+    jobs = plan(args)
     todo, here = [], _code() if rows else ""
     done = [row for row in rows if "error" not in row]
     for number, job in enumerate(jobs, 1):

@@ -3,23 +3,22 @@
 import argparse
 import difflib
 import importlib.util
-import os
 import pathlib
 import re
-import tempfile
 from collections.abc import Sequence
+
+from d3epth_jax.output import cannot_be_made
 
 WHAT = ["predict", "stage2", "stage1", "pieces"]
 TRAINED = {"stage2": "d2_base", "stage1": "d3_light_small"}
 PACKAGES = ("torch", "diffusers", "transformers")
 
 
-def plan(args: argparse.Namespace, problems: Sequence[str] = ()) -> list[dict]:
-    """The measurements to make. Ends the program with every problem of the arguments, and these."""
+def problems_of(args: argparse.Namespace) -> list[str]:
+    """Everything that is wrong with the arguments."""
     from d3epth_jax.models import presets
 
-    problems = list(problems)
-    models = args.models or (list(presets.PRESETS) if args.all else [])
+    models, what, problems = models_of(args), args.what, []
     if not models:
         problems.append("name a MODEL, or --all")
     for model in models:
@@ -27,21 +26,17 @@ def plan(args: argparse.Namespace, problems: Sequence[str] = ()) -> list[dict]:
             problem = f"{model} is neither a model directory nor a preset"
             problem += f" ({', '.join(presets.PRESETS)})"
             problems.append(problem + _nearest(model))
-    sizes = {}
     for option in ("size", "train_size"):
         text, flag = getattr(args, option), f"--{option.replace('_', '-')}"
-        found = re.fullmatch(r"(\d+)x(\d+)", text)
-        sizes[option] = [int(side) for side in found.groups()] if found else [0, 0]
-        if min(sizes[option]) < 8:
+        if min(size := _size(text)) < 8:
             problems.append(f"{flag} {text}: height x width is expected, such as 576x768")
-        elif option == "train_size" and any(side % 8 for side in sizes[option]):
+        elif option == "train_size" and any(side % 8 for side in size):
             problems.append(f"{flag} {text}: training takes multiples of 8")
     counts = {"--runs": args.runs, "--train-batch": args.train_batch}
     counts |= {"--batch": min(args.batch), "--ahead": args.ahead}
     problems += [f"{key} must be at least 1, not {n}" for key, n in counts.items() if n < 1]
     if args.micro and (args.micro < 1 or args.train_batch % args.micro):
         problems.append(f"--micro {args.micro} does not divide --train-batch {args.train_batch}")
-    what = args.what
     if set(what) - {"predict"} and not (args.all and "predict" in what):
         for model in models:
             if model not in presets.PRESETS and exists(model):
@@ -61,36 +56,32 @@ def plan(args: argparse.Namespace, problems: Sequence[str] = ()) -> list[dict]:
         ]
     if args.compare and "predict" not in what:
         problems.append("--compare diffusers is of predictions: add predict to --what")
-    absent = [package for package in PACKAGES if importlib.util.find_spec(package) is None]
-    if args.compare and absent:
+    if args.compare and (absent := _absent()):
         problems.append(
             f"--compare diffusers needs {', '.join(absent)}: pip install {' '.join(PACKAGES)}"
         )
     if args.resume and args.out is None:
         problems.append("--resume goes on with what is in --out: give --out")
-    if args.out is not None:
-        there = next(path for path in (args.out, *args.out.parents) if os.path.lexists(path))
-        if not (os.path.isdir(there) and os.access(there, os.W_OK)):
-            problems.append(f"--out {args.out} cannot be made: {there} cannot be written to")
-    if args.out is not None and not problems:
-        try:
-            args.out.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryFile(dir=args.out):
-                pass
-        except OSError as error:
-            problems.append(f"--out {args.out} cannot be written to: {error}")
-    if problems:
-        args.fail("\n  ".join(["cannot measure:", *problems]))
+    if args.out is not None and (problem := cannot_be_made(args.out)):
+        problems.append(f"--out {problem}")
+    return problems
 
+
+def plan(args: argparse.Namespace) -> list[dict]:
+    """The measurements to make, of arguments without problems."""
+    from d3epth_jax.models import presets
+
+    models, what = models_of(args), args.what
     folds = {"yes": [True], "no": [False], "both": [True, False]}[args.fold]
     known = [model for model in models if model in presets.PRESETS]
-
-    compared = models if args.compare else beside[:1] if args.all and not absent else []
+    compared = models if args.compare else []
+    if args.all and not args.compare and not _absent():
+        compared = [model for model in models if _reads_depth(model)][:1]
 
     def predictions(models: Sequence[str], fold: bool) -> list[dict]:
         return [
             {
-                **{"what": "predict", "model": model, "size": sizes["size"], "batch": batch},
+                **{"what": "predict", "model": model, "size": _size(args.size), "batch": batch},
                 **{"dtype": args.dtype, "fold": fold, "runs": args.runs},
                 "compared": model in compared and fold == folds[0],
             }
@@ -111,7 +102,7 @@ def plan(args: argparse.Namespace, problems: Sequence[str] = ()) -> list[dict]:
             ways += [(False, fourth[-1])] if accumulates else []
         return [
             {
-                **{"what": stage, "model": model, "size": sizes["train_size"]},
+                **{"what": stage, "model": model, "size": _size(args.train_size)},
                 **{"batch": args.train_batch, "dtype": args.dtype, "runs": args.runs},
                 **{"remat": remat, "micro": micro},
             }
@@ -121,7 +112,7 @@ def plan(args: argparse.Namespace, problems: Sequence[str] = ()) -> list[dict]:
         ]
 
     pieces = [
-        {"what": "pieces", "model": model, "size": sizes["size"]}
+        {"what": "pieces", "model": model, "size": _size(args.size)}
         for model in (known if args.models else known[:1])
         if "pieces" in what
     ]
@@ -133,6 +124,23 @@ def plan(args: argparse.Namespace, problems: Sequence[str] = ()) -> list[dict]:
         *(job for fold in folds[1:] for job in predictions(models, fold)),
         *pieces,
     ]
+
+
+def models_of(args: argparse.Namespace) -> list[str]:
+    from d3epth_jax.models import presets
+
+    return args.models or (list(presets.PRESETS) if args.all else [])
+
+
+def _size(text: str) -> list[int]:
+    """[height, width]; zeros for what is no size."""
+    found = re.fullmatch(r"(\d+)x(\d+)", text)
+    return [int(side) for side in found.groups()] if found else [0, 0]
+
+
+def _absent() -> list[str]:
+    """What diffusers' side needs and is not installed."""
+    return [package for package in PACKAGES if importlib.util.find_spec(package) is None]
 
 
 def _nearest(name: str) -> str:

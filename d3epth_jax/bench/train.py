@@ -140,6 +140,7 @@ def recipe(stage: str, model: str, size: tuple[int, int], dtype: str, remat: boo
         cached latents, with the teacher's UNet alone, for its features.
       remat: whether activations are computed again for gradients.
     """
+    objective = {"stage1": latent, "stage2": pixel}[stage]
     student, params = read(model, dtype, remat=remat)
     patterns = ["unet/"]
     if stage == "stage2" and isinstance(student.autoencoder, TinyAutoencoderConfig):
@@ -158,11 +159,11 @@ def recipe(stage: str, model: str, size: tuple[int, int], dtype: str, remat: boo
     frozen = jax.device_put({"rest": fold.cast_kernels(student, rest), "teacher": of_teacher})
     forward = _forward(student, merge(trainable, rest), size)
     if stage == "stage2":
-        loss_fn, beta, tasks = pixel.make_loss(student), {"ssi": 1.0, "edge": 0.5}, pixel.TASKS
+        loss_fn, beta = pixel.make_loss(student), {"ssi": 1.0, "edge": 0.5}
         macs_each = macs.of_training(forward, [p.split("/")[0] for p in patterns], ["decoder"])
-        task_weights = weighting.dwa(len(tasks))
+        task_weights = weighting.dwa(len(pixel.TASKS))
     else:
-        beta, tasks = {"gt": 1.0, "out": 1.0, "feat": 0.1}, ()
+        beta = {"gt": 1.0, "out": 1.0, "feat": 0.1}
         beta |= {"enc": 1.0} if own_encoder else {}
         loss_fn = latent.make_loss(
             student, teacher, terms=tuple(beta), share_encoder=not own_encoder, cached=True
@@ -182,9 +183,9 @@ def recipe(stage: str, model: str, size: tuple[int, int], dtype: str, remat: boo
             tx,
             task_weights,
             beta=beta,
-            tasks=tasks,
+            tasks=objective.TASKS,
             accumulate=accumulate,
-            weights_from_data=stage == "stage1",
+            weights_from_data=objective.WEIGHTS_FROM_DATA,
         )
 
     return Recipe(

@@ -2,6 +2,8 @@
 
 import numpy as np
 
+NO_FILTER = {"min_range": 0, "min_contrast": 0, "max_invalid": 1}  # `rejection`'s defaults
+
 
 def rejection(
     sample: dict[str, np.ndarray],

@@ -12,14 +12,13 @@ import grain
 import numpy as np
 from absl import flags
 
+from d3epth_jax.data.filters import NO_FILTER
 from d3epth_jax.data.transforms import (
     empty_rejected,
     fit_to,
     horizontal_flip,
     limit_depth,
 )
-
-NO_FILTER = {"min_range": 0, "min_contrast": 0, "max_invalid": 1}  # `filters.rejection`'s defaults
 
 Transform = Callable[[dict, np.random.Generator], dict]
 
@@ -42,7 +41,7 @@ def standard_transforms(
         sample that fails has no known pixel.
     """
     chain: list[Transform] = []
-    if any(filters[name] != none for name, none in NO_FILTER.items() if name in (filters or {})):
+    if filters and NO_FILTER | dict(filters) != NO_FILTER:
         chain.append(functools.partial(empty_rejected, **filters))
     if max_depth:
         chain.append(functools.partial(limit_depth, max_depth=max_depth))

@@ -16,7 +16,6 @@ from d3epth_jax.weights.download import may_be_read
 log = logging.getLogger(__name__)
 
 BASELINES = ("constant", "ramp", "mean map")
-LEAST = {"num_images": 0, "num_pictures": 0, "batch_size": 1}  # of the evaluation's settings
 # Of the evaluation's settings: what replaces the protocol's own value, where it is set.
 CHANGES = (
     "min_depth",
@@ -80,9 +79,19 @@ def too_small(settings, name: str, **least: float) -> list[str]:
     ]
 
 
+def wrong_settings(settings) -> list[str]:
+    """What is wrong with a group `eval`, a training's too."""
+    problems = too_small(settings, "eval", num_images=0, num_pictures=0, batch_size=1)
+    try:
+        protocol_of(settings)
+    except ValueError as error:
+        problems.append(str(error))
+    return problems
+
+
 def check(config) -> None:
     """Raises ValueError for what is wrong with the settings whatever the models are."""
-    problems = too_small(config.eval, "eval", **LEAST)
+    problems = wrong_settings(config.eval)
     if unknown := set(config.baselines) - set(BASELINES):
         problems.append(f"unknown baselines {sorted(unknown)}: choose from {list(BASELINES)}")
     models, predictions = wanted(config)
@@ -97,10 +106,6 @@ def check(config) -> None:
             problems.append(
                 f"predictions.{name}.space {settings.space!r}: choose one of {list(EXPONENT)}"
             )
-    try:
-        protocol_of(config.eval)
-    except ValueError as error:
-        problems.append(str(error))
     if problems:
         raise ValueError("\n".join(problems))
 

@@ -137,11 +137,6 @@ class UNetConfig:
         blocks.append((len(self.block_out_channels) - 1, self.mid_block_type))
         return [level for level, kind in blocks if kind in (_CROSS_DOWN, _CROSS_MID, _CROSS_UP)]
 
-    @property
-    def needs_prompt(self) -> bool:
-        """True if any block attends to the prompt."""
-        return bool(self.attending)
-
 
 @dataclasses.dataclass(frozen=True)
 class TinyAutoencoderConfig:
@@ -306,7 +301,7 @@ def _unet_problems(config: UNetConfig) -> Iterable[str]:
         if channels % config.norm_num_groups:
             groups = config.norm_num_groups
             yield f"block_out_channels[{i}] = {channels} does not divide into {groups} groups"
-        if config.needs_prompt and channels % heads:
+        if config.attending and channels % heads:
             yield f"block_out_channels[{i}] = {channels} does not divide into {heads} heads"
 
 

@@ -111,9 +111,7 @@ def _nano_autoencoder(
     )
 
 
-def _sd2(unet: UNetConfig) -> UNetConfig:
-    return dataclasses.replace(unet, in_channels=8)
-
+DEPTH_UNET = dataclasses.replace(SD2_UNET, in_channels=8)  # of an RGB and a depth latent
 
 # Name -> (UNet, autoencoder). `d2_base`, `d3_base|small|tiny`: Stable Diffusion's UNet and pruned
 # ones, with its autoencoder. `*_light*`, `d3_fast`: with the tiny autoencoder of that latent space.
@@ -128,15 +126,15 @@ def _sd2(unet: UNetConfig) -> UNetConfig:
 #   d3_fast     103     452      119     675   329.28M    618
 #   d3_turbo     22     317       38     377   319.60M    326
 PRESETS = {
-    "d2_base": (_sd2(SD2_UNET), SD_VAE),
-    "d3_base": (_sd2(bk_sdm(SD2_UNET, "base")), SD_VAE),
-    "d3_small": (_sd2(bk_sdm(SD2_UNET, "small")), SD_VAE),
-    "d3_tiny": (_sd2(bk_sdm(SD2_UNET, "tiny")), SD_VAE),
-    "d2_light": (_sd2(SD2_UNET), TAESD),
-    "d3_light_base": (_sd2(bk_sdm(SD2_UNET, "base")), TAESD),
-    "d3_light_small": (_sd2(bk_sdm(SD2_UNET, "small")), TAESD),
-    "d3_fast": (_sd2(bk_sdm(SD2_UNET, "tiny")), TAESD),
-    "d3_turbo": (_sd2(turbo(SD2_UNET)), TAESD_TURBO),
+    "d2_base": (DEPTH_UNET, SD_VAE),
+    "d3_base": (bk_sdm(DEPTH_UNET, "base"), SD_VAE),
+    "d3_small": (bk_sdm(DEPTH_UNET, "small"), SD_VAE),
+    "d3_tiny": (bk_sdm(DEPTH_UNET, "tiny"), SD_VAE),
+    "d2_light": (DEPTH_UNET, TAESD),
+    "d3_light_base": (bk_sdm(DEPTH_UNET, "base"), TAESD),
+    "d3_light_small": (bk_sdm(DEPTH_UNET, "small"), TAESD),
+    "d3_fast": (bk_sdm(DEPTH_UNET, "tiny"), TAESD),
+    "d3_turbo": (turbo(DEPTH_UNET), TAESD_TURBO),
     "d2_nano": (
         _nano_unet((40, 80, 128, 160), mid=True),
         _nano_autoencoder((0, 0, 1), (1, 0, 0)),

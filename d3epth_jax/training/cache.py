@@ -12,7 +12,7 @@ import jax
 import numpy as np
 
 from d3epth_jax import atomic, data, ensemble, inference, sharding
-from d3epth_jax.data import loader
+from d3epth_jax.data import apart, loader
 from d3epth_jax.data.sources import latents
 from d3epth_jax.progress import Progress
 from d3epth_jax.training import from_config, training_data
@@ -133,7 +133,7 @@ def make_lessons(config, teacher: from_config.Start) -> Lessons:
             # [E,B,H,W,1] in [-1,1]
             maps = np.stack([np.asarray(decode(params, each)) for each in all_latents])
             merged = [ensemble.ensemble_depth(maps[:, i])[0] for i in range(maps.shape[1])]
-            depth = sharding.put_batch({"": 2 * np.stack(merged) - 1}, mesh)[""]
+            depth = sharding.put_batch(2 * np.stack(merged) - 1, mesh)
             given["teacher_latent"] = encode(params, depth)
         return {key: np.asarray(value) for key, value in given.items()}
 
@@ -155,7 +155,7 @@ def fill(folder: pathlib.Path, source, part, lessons: Lessons, teacher: dict, co
         "format": latents.FORMAT,
         "about": {
             "teacher": config.teacher.path,
-            "source": training_data.origin(source),
+            "source": apart.origin(source),
         },
         "teacher": teacher,
         "made": lessons.settings,

@@ -4,15 +4,12 @@ import jax
 
 from d3epth_jax import losses
 from d3epth_jax.alignment import SPACES
-from d3epth_jax.evaluation.evaluate import LEAST as EVALUATED
-from d3epth_jax.evaluation.evaluate import too_small
+from d3epth_jax.evaluation.evaluate import too_small, wrong_settings
 from d3epth_jax.models import presets
 from d3epth_jax.models.attention import OF_A_MODEL
 from d3epth_jax.models.depth_model import COMPUTE_TYPES
-from d3epth_jax.training import from_config, optim, training_data
+from d3epth_jax.training import from_config, training_data
 from d3epth_jax.weights import surgery
-
-STAGES = ("pixel", "latent")
 
 
 def check(config) -> None:
@@ -35,7 +32,7 @@ def check(config) -> None:
         ask(losses.check_options, *(options[name] for name in names))
         ask(from_config.make_weighting, config, 2)
     ask(training_data.check, config)
-    ask(from_config.make_schedule, config)
+    ask(from_config.make_optimizer, config)
     if config.get("init_config") is not None:
         ask(check, config.init_config)
     if problems:
@@ -43,7 +40,7 @@ def check(config) -> None:
 
 
 def _check_choices(config) -> None:
-    choices = {"stage": (config.stage, STAGES)}
+    choices = {"stage": (config.stage, from_config.STAGES)}
     if config.stage == "pixel":
         choices["loss.preset"] = (config.loss.preset, sorted(losses.PRESETS))
     if not config.init:
@@ -52,7 +49,6 @@ def _check_choices(config) -> None:
         choices["model preset"] = (config.model.preset, sorted(presets.PRESETS))
     choices["model.dtype"] = (config.model.dtype, COMPUTE_TYPES)
     choices["model.attention"] = (config.model.attention, OF_A_MODEL)
-    choices["optim.moments"] = (config.optim.moments, optim.MOMENTS)
     choices["conv_in_bias"] = (config.conv_in_bias, surgery.BIASES)
     choices["model.prediction_type"] = (config.model.prediction_type, (None, *SPACES))
     problems = [
@@ -72,7 +68,7 @@ def _check_choices(config) -> None:
         problems.append("no loss has a weight: set one of loss.beta")
     if config.train.profile[1] > 0 and config.train.profile[0] < 1:
         problems.append(f"train.profile={config.train.profile} begins before step 1, the first")
-    problems += too_small(config.eval, "eval", every=1, **EVALUATED)
+    problems += wrong_settings(config.eval) + too_small(config.eval, "eval", every=1)
     problems += too_small(config.schedule, "schedule", learning_rate=0)
     resolution, aspect = config.model.processing_resolution, config.model.processing_aspect
     if aspect is not None and not (aspect > 0 and resolution):

@@ -61,8 +61,8 @@ def read_teacher(config) -> Start:
         **_version(config.teacher),
     )
     steps = teacher_steps(config, model)
-    one_step = steps == 1 and model.from_zeros
-    if config.get("stage") == "pixel" and _compares_in_pixels(config) and not one_step:
+    compared = config.get("stage") == "pixel" and _compares_in_pixels(config)
+    if compared and not model.one_step_from_zero(steps):
         raise ValueError(
             f"the teacher {config.teacher.path} takes {steps} denoising step(s) from noise: the"
             " pixel stage compares with a teacher of one step, such as a D^2epth or E2E-FT"
@@ -117,7 +117,7 @@ def teacher_steps(config, model: DepthModel) -> int:
 def fold_teacher(config, teacher: Start) -> Start:
     """The teacher with its constants folded; what it teaches is the same but for rounding."""
     model = teacher.model
-    single_step = teacher_steps(config, model) == 1 and model.from_zeros
+    single_step = model.one_step_from_zero(teacher_steps(config, model))
     model, params = fold.fold_teacher(model, teacher.params, single_step=single_step)
     return teacher._replace(model=model, params=params)
 
@@ -141,6 +141,9 @@ def _needed_of(config, teacher: Start) -> list[str]:
     return [part for part in teacher.params or () if part in needed]
 
 
+STAGES = {"pixel": pixel, "latent": latent}  # config.stage: its module
+
+
 class Stage(NamedTuple):
     """What a training step computes: with constants folded, where what they are made of is frozen.
 
@@ -148,6 +151,7 @@ class Stage(NamedTuple):
       model: as it computes; what is saved is made with the parameters as they were.
       frozen: {"rest": the student's, "teacher": the teacher's} parameters that do not train.
       tasks, beta: the dynamically weighted losses, and the coefficients of all.
+      weights_from_data: as `steps.make_train_step`.
     """
 
     model: DepthModel
@@ -155,6 +159,7 @@ class Stage(NamedTuple):
     loss_fn: Callable
     tasks: tuple[str, ...]
     beta: dict[str, float]
+    weights_from_data: bool
 
 
 def make_stage(config, teacher: Start, student: Start, trainable: Params, rest: Params) -> Stage:
@@ -165,7 +170,8 @@ def make_stage(config, teacher: Start, student: Start, trainable: Params, rest: 
     loss_fn, beta = make_loss(config, model, student.params, trainable, teacher)
     of_rest = fold.cast_kernels(model, rest)
     frozen = {"rest": of_rest, "teacher": frozen_teacher(config, teacher)}
-    return Stage(model, frozen, loss_fn, tasks_of(config), beta)
+    from_data = STAGES[config.stage].WEIGHTS_FROM_DATA
+    return Stage(model, frozen, loss_fn, tasks_of(config), beta, from_data)
 
 
 def _compares_in_pixels(config) -> bool:
@@ -285,7 +291,7 @@ def _student_of_preset(config, teacher: Start) -> Start:
 
 def _reads_prompt_of(model: DepthModel, teacher: Start) -> bool:
     dims = [m.unet.cross_attention_dim for m in (model, teacher.model)]
-    return model.unet.needs_prompt and teacher.model.unet.needs_prompt and dims[0] == dims[1]
+    return model.needs_prompt and teacher.model.needs_prompt and dims[0] == dims[1]
 
 
 def _with_part(autoencoder, its, part: str):
@@ -342,8 +348,8 @@ def make_loss(config, model: DepthModel, params: Params, trainable: Params, teac
 
 
 def tasks_of(config) -> tuple[str, ...]:
-    """The losses that are weighted dynamically (METHOD 5); of stage 1 none."""
-    return tuple(t for t in pixel.TASKS if config.stage == "pixel" and config.loss.beta[t])
+    """The losses that are weighted dynamically (METHOD 5)."""
+    return tuple(task for task in STAGES[config.stage].TASKS if config.loss.beta[task])
 
 
 def _same(params: Params, others: Params) -> bool:
@@ -357,12 +363,8 @@ def _same(params: Params, others: Params) -> bool:
 
 def make_optimizer(config):
     """(optimiser, its learning-rate schedule)."""
-    schedule = make_schedule(config)
+    schedule = optim.make_schedule(total_steps=config.train.steps, **config.schedule)
     return optim.make_optimizer(schedule, **config.optim), schedule
-
-
-def make_schedule(config):
-    return optim.make_schedule(total_steps=config.train.steps, **config.schedule)
 
 
 def make_weighting(config, num_tasks: int) -> weighting.Weighting:

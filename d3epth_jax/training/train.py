@@ -10,17 +10,13 @@ import functools
 import logging
 import math
 import pathlib
-import signal
-import threading
 import time
-from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
-import numpy as np
 import optax
 
-from d3epth_jax import gallery, hosts, sharding
+from d3epth_jax import hosts, sharding
 from d3epth_jax import image as image_lib
 from d3epth_jax.checkpoint import Checkpoints, abstract
 from d3epth_jax.evaluation.evaluate import model_predictor, protocol_of
@@ -29,7 +25,7 @@ from d3epth_jax.metric_writer import MetricWriter, read_metrics
 from d3epth_jax.models.depth_model import DepthModel
 from d3epth_jax.pipeline import DepthPipeline
 from d3epth_jax.progress import Progress
-from d3epth_jax.training import check_config, from_config, runs, steps, training_data
+from d3epth_jax.training import check_config, curves, from_config, runs, steps, training_data
 from d3epth_jax.training.train_state import HostAverage, TrainState, init_train_state, merge
 from d3epth_jax.typing import Params
 from d3epth_jax.weights import hub
@@ -115,7 +111,7 @@ class Training:
         validation = self.computed, params, self.validation
         found = score(self.config, *validation, self.mesh, writer, step)
         if hosts.is_first():
-            image_lib.save_png(self.workdir / "curves.png", curves(self.workdir))
+            image_lib.save_png(self.workdir / "curves.png", curves.curves(self.workdir))
         return found
 
 
@@ -189,7 +185,7 @@ def train(training: Training, checkpoints: Checkpoints, output: pathlib.Path) ->
     if not scored and (start % config.eval.every == 0 or start == total):
         # The run begins, or ended between this checkpoint and its scores.
         found = training.validate(start, writer)
-    with contextlib.closing(writer), profile, asked_to_end() as ending:
+    with contextlib.closing(writer), profile, hosts.asked_to_end() as ending:
         for step in range(start + 1, total + 1):
             profile.at(step)
             asked = time.monotonic()
@@ -226,36 +222,6 @@ def train(training: Training, checkpoints: Checkpoints, output: pathlib.Path) ->
         training.save_model(output)
 
 
-@contextlib.contextmanager
-def asked_to_end() -> Iterator[Callable[[], bool]]:
-    """Whether SIGTERM or SIGINT came; a second one interrupts at once.
-
-    Only in the main thread, which alone gets signals. Several processes agree on the step, on
-    SIGTERM alone.
-    """
-    if jax.process_count() > 1:
-        yield hosts.asked_to_end
-        return
-    came = []
-
-    def note(number, frame):
-        if came:
-            raise KeyboardInterrupt
-        came.append(number)
-        log.warning("ending after this step, with a checkpoint; once more: at once")
-
-    alone = threading.current_thread() is threading.main_thread()
-    signals = (signal.SIGINT, signal.SIGTERM) if alone else ()
-    before = {number: signal.signal(number, note) for number in signals}
-    try:
-        yield lambda: bool(came)
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-    if came:  # after the last step, and nothing was lost
-        raise KeyboardInterrupt("the training had ended, and is saved")
-
-
 def jit_step(config, stage: from_config.Stage, tx, task_weights, placement, mesh):
     """The jitted training step; the old state's memory becomes the new one's."""
     step = steps.make_train_step(
@@ -265,7 +231,7 @@ def jit_step(config, stage: from_config.Stage, tx, task_weights, placement, mesh
         beta=stage.beta,
         tasks=stage.tasks,
         accumulate=config.train.accumulate,
-        weights_from_data=config.stage == "latent",
+        weights_from_data=stage.weights_from_data,
         max_ema_decay=config.train.max_ema_decay,
     )
     placements = placement, sharding.replicated(mesh)
@@ -312,24 +278,6 @@ def score(config, model, params, source, mesh, writer: MetricWriter, step: int) 
         sources = f", mean of sources {results.mean_over_groups(config.stage):.4f}"
     log.info("step %d: AbsRel %.4f%s", step, results.mean(config.stage), sources)
     return results.mean(config.stage)
-
-
-def curves(workdir: pathlib.Path) -> np.ndarray:
-    """Every loss, and AbsRel on the validation set, over a run's steps so far: uint8 [H,W,3]."""
-    rows = read_metrics(workdir / "metrics.jsonl")
-    lines = {
-        name: tuple(zip(*((row["step"], row[name]) for row in rows if name in row), strict=True))
-        for name in dict.fromkeys(name for row in rows for name in row)
-    }
-    prefix, score = "train/loss/", "eval/abs_rel"
-    losses = {name.removeprefix(prefix): lines[name] for name in lines if name.startswith(prefix)}
-    scores = {"AbsRel": lines[score]} if score in lines else {}
-    return np.concatenate(
-        [
-            gallery.line_plot(losses, "losses, training", "step", "loss", logy=True),
-            gallery.line_plot(scores, "AbsRel, validation", "step", "AbsRel"),
-        ]
-    )
 
 
 def scores_of(workdir: pathlib.Path) -> dict[int, float | None]:

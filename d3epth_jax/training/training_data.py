@@ -12,7 +12,7 @@ from collections.abc import Mapping
 import jax
 
 from d3epth_jax import data, sharding
-from d3epth_jax.data import loader, manifest
+from d3epth_jax.data import apart, filters, loader
 from d3epth_jax.data.sources.files import SourceError
 from d3epth_jax.data.sources.latents import CachedLatents
 from d3epth_jax.data.transforms import CROPS, choose_side
@@ -70,7 +70,7 @@ def check(config) -> None:
 
 def _of_scenes(part, where: str) -> list[str]:
     """What is set although rendered scenes, always fresh and whole, have no use for it."""
-    unused = {"crop": "random", "flip": 0.5, "max_depth": 0, **loader.NO_FILTER}
+    unused = {"crop": "random", "flip": 0.5, "max_depth": 0, **filters.NO_FILTER}
     given = {key: part[key] for key in ("crop", "flip", "max_depth")} | dict(part.filter)
     return [
         f"{where}{'.filter' if key in part.filter else ''}.{key}={value} does nothing to rendered"
@@ -115,7 +115,7 @@ def make_sources(config) -> tuple[dict, object]:
         raise SourceError(roots, list(problems)) from errors[0]
     validation = made.pop("")
     for name, part in parts(config).items():
-        require_apart(made[name], validation)
+        apart.require_apart(made[name], validation)
         roots = [getattr(source, "root", None) for source in (made[name], validation)]
         same = None not in roots and roots[0].resolve() == roots[1].resolve()
         if same and part.source.name == config.eval.source.name:
@@ -170,90 +170,17 @@ def teacher_identity(config) -> dict:
 
 def require_one_reading(training, validation) -> None:
     """Raises ValueError if one folder is read in two ways, with another scale for instance."""
-    apart = {
+    differing = {
         key: (training[key], validation[key])
         for key in training
         if key not in ("path", "split", "filename_list") and training[key] != validation[key]
     }
-    if apart:
-        told = "; ".join(f"{key} {one!r} and {other!r}" for key, (one, other) in apart.items())
+    if differing:
+        told = "; ".join(f"{key} {one!r} and {other!r}" for key, (one, other) in differing.items())
         raise ValueError(
             f"data.source and eval.source read one folder in two ways: {told}. Set both alike, as"
             " --config.data.source.KEY=... --config.eval.source.KEY=..."
         )
-
-
-def require_apart(training, validation) -> None:
-    """Raises ValueError if a sample is both trained and evaluated on, under whatever name."""
-    seeds = [getattr(source, "seed", None) for source in (training, validation)]
-    if None not in seeds and seeds[0] == seeds[1]:
-        raise ValueError(
-            f"the scenes of one seed are both trained and evaluated on: give data.source.seed and"
-            f" eval.source.seed, both {seeds[0]}, different values"
-        )
-    # Of a cached or built source the pictures need not be there any more.
-    copied = any(isinstance(s, CachedLatents) or _has_shards(s) for s in (training, validation))
-    identity = _names_in_root if copied else _pictures
-    if both := identity(training) & identity(validation):
-        first = min(both)
-        raise ValueError(
-            f"{len(both)} samples are both trained and evaluated on, {' '.join(first)} the first:"
-            " give data.source and eval.source the splits train and validation, and one hold-out"
-        )
-
-
-def origin(source) -> str | None:
-    """The folder that the samples of a source come from, or that of their copies if many."""
-    roots = {root for root, _ in _names_in_root(source)}
-    return roots.pop() if len(roots) == 1 else getattr(source, "root", None) and str(source.root)
-
-
-def _names_in_root(source) -> set[tuple[str, ...]]:
-    """The samples by the folder that they come from, also where they were copied from it."""
-    cached = isinstance(source, CachedLatents)
-    root = source.manifest["about"]["source"] if cached else getattr(source, "root", None)
-    if root is None:
-        return set()
-    root, built = str(pathlib.Path(root).resolve()), _built_from(source)
-    names = enumerate(map(source.name, range(len(source))))
-    if not built:
-        return {(root, name) for _, name in names}
-    return {(built[pathlib.Path(source.files(i)["image"]).name], name) for i, name in names}
-
-
-def _has_shards(source) -> bool:
-    """Whether its root is a set of TFDS, as `d3epth data build` writes too."""
-    return hasattr(source, "files") and (source.root / "dataset_info.json").is_file()
-
-
-def _built_from(source) -> dict[str, str]:
-    """{shard: what `d3epth data build` read it from}; empty for a source that it did not write."""
-    if not _has_shards(source):
-        return {}
-    found = {}
-    for each in manifest.read_manifests(source.root).values():
-        origin = each["plan"]["source"]
-        # Of "tfds:NAME/SPLIT" the path holds many data sets.
-        dataset = origin["name"].partition(":")[2].rpartition("/")[0] or origin.get("dataset", "")
-        found |= dict.fromkeys(each["shards"], str(pathlib.Path(origin["path"], dataset)))
-    return found
-
-
-def _pictures(source) -> set[tuple[str, ...]]:
-    """What each sample of files is read from: its picture, and its name where many share a file."""
-    if not hasattr(source, "files"):
-        return set()
-    folders = {}
-
-    def resolved(path: pathlib.Path) -> str:
-        if path.parent not in folders:
-            folders[path.parent] = path.parent.resolve()
-        return str(folders[path.parent] / path.name)
-
-    pictures = [resolved(pathlib.Path(source.files(i)["image"])) for i in range(len(source))]
-    if len(set(pictures)) == len(pictures):
-        return {(picture,) for picture in pictures}
-    return {(picture, source.name(i)) for i, picture in enumerate(pictures)}
 
 
 def make_batches(config, mesh, sources: Mapping):

@@ -20,9 +20,10 @@ def from_torch(
 ) -> dict[str, Any]:
     """Arranges torch tensors as the tree `abstract_params` (leaves with a .shape).
 
-    Leaves are NumPy arrays in their own dtype, or in `dtype`; where nothing needs to change they
-    are views, so that tensors mapped from a file are read only when they are used. Raises
-    ValueError listing every missing, unexpected and wrongly shaped key.
+    Leaves are NumPy arrays in their own dtype, or in `dtype`. Kernels, which torch arranges
+    otherwise, are views where no dtype is asked for: of tensors mapped from a file they are read
+    only when they are used. Raises ValueError listing every missing, unexpected and wrongly shaped
+    key.
     """
     expected = {
         keys.torch_key(path): (path, x) for path, x in flatten_dict(abstract_params).items()

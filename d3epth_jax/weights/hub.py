@@ -100,7 +100,7 @@ def load_model(
     computed = {"dtype": dtype, "remat": remat, "attention": attention}
     model = dataclasses.replace(model, base=base, **computed)
     params, text = _read_weights(directory, model, variant, param_dtype)
-    if model.unet.needs_prompt:
+    if model.needs_prompt:
         params["prompt"] = _read_prompt(directory, model, text)
     return Loaded(model, params, text, predicts_depth)
 
@@ -188,11 +188,10 @@ def load_autoencoder(
             directory = directory / "vae"
         if not (directory / "config.json").is_file():
             raise FileNotFoundError(f"{directory}: neither config.json nor {' and '.join(names)}")
-        content = files.read_json(directory / "config.json")
-        kind = content.get("_class_name", "AutoencoderKL")
-        if kind not in AUTOENCODERS:
-            raise ValueError(f"{directory} is a {kind}: {' and '.join(AUTOENCODERS)} are read")
-        config = AUTOENCODERS[kind].from_dict(content)
+        try:
+            config = _autoencoder(files.read_json(directory / "config.json"))
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"{directory}/config.json: {error}") from error
         tensors = files.read_folder(directory, STEM, variant=variant)
         tensors = keys.modern_names(tensors, keys.AUTOENCODER_AGES)
     return config, convert.from_torch(tensors, abstract_autoencoder(config), dtype=np.float32)
@@ -248,14 +247,8 @@ def _read_settings(directory: pathlib.Path) -> tuple[DepthModel, str]:
             # A TypeError is a value of a type that no arithmetic on settings expects.
             problems.append(f"{path}: {error}")
 
-    def autoencoder(content):
-        kind = content.get("_class_name", "AutoencoderKL")
-        if kind not in AUTOENCODERS:
-            raise ValueError(f"this is a {kind}: {' and '.join(AUTOENCODERS)} are read")
-        return AUTOENCODERS[kind].from_dict(content)
-
     unet = read("unet/config.json", UNetConfig.from_dict)
-    vae = read("vae/config.json", autoencoder)
+    vae = read("vae/config.json", _autoencoder)
     schedule = read("scheduler/scheduler_config.json", NoiseSchedule.from_dict)
     meaning = read("model_index.json", _meaning)
     if problems:
@@ -277,6 +270,14 @@ def _read_settings(directory: pathlib.Path) -> tuple[DepthModel, str]:
         meaning |= {"denoising_steps": 1, "starts_at_zero": True, "processing_resolution": 768}
     timestep = int(schedule.timesteps(1)[0])
     return DepthModel(unet, vae, schedule, timestep=timestep, **meaning), kind
+
+
+def _autoencoder(content: Mapping):
+    """The configuration of an autoencoder's JSON, of the class that it names."""
+    kind = content.get("_class_name", "AutoencoderKL")
+    if kind not in AUTOENCODERS:
+        raise ValueError(f"this is a {kind}: {' and '.join(AUTOENCODERS)} are read")
+    return AUTOENCODERS[kind].from_dict(content)
 
 
 def _meaning(index: Mapping) -> tuple[str, dict]:

@@ -40,16 +40,13 @@ def diode(
         raise ValueError(f"split must be 'val' or 'train', got {split!r}")
     root = files.require_folder(path)
     folder = root if any((root / domain).is_dir() for domain in DOMAINS) else root / split
-    items, problems = _items(folder), []
-    if not items:
-        problems.append(f"no {{indoors,outdoor}}/scene_*/scan_*/NAME.png in {folder}")
     return FileSource(
         root,
-        items,
+        _items(folder),
         read,
         filename_list=filename_list,
         name_of=_name_of,
-        problems=problems,
+        absent=f"no {{indoors,outdoor}}/scene_*/scan_*/NAME.png in {folder}",
         on_error=on_error,
     )
 

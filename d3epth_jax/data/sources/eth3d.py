@@ -38,17 +38,14 @@ def eth3d(path, *, filename_list: str = "", on_error: str = "raise") -> FileSour
     depth is stored so too. Raises SourceError.
     """
     root = files.require_folder(path)
-    items, problems = _items(root), []
-    if not items:
-        problems.append(f"no {PICTURES}/NAME.JPG in it, in its scenes or in rgb/SCENE")
     return FileSource(
         root,
-        items,
+        _items(root),
         read,
         shape=shape,
         filename_list=filename_list,
         name_of=_name_of,
-        problems=problems,
+        absent=f"no {PICTURES}/NAME.JPG in it, in its scenes or in rgb/SCENE",
         on_error=on_error,
     )
 

@@ -73,6 +73,7 @@ class FileSource:
         order (`choose`).
       name_of: a picture's path in a published list -> item name, None if it is no such path.
       problems: what was found wrong while the items were listed.
+      absent: the problem where there is no item.
       min_valid: a depth map with fewer known pixels is a problem.
       check: "names" looks whether the files exist, "content" also decodes every sample (`check`).
       on_error: "raise" lists every problem in one SourceError; "skip" drops such items, logs them,
@@ -91,6 +92,7 @@ class FileSource:
         filename_list: str = "",
         name_of: Callable[[str], str | None] | None = None,
         problems: Sequence[str] = (),
+        absent: str = "no sample found in it",
         min_valid: int = 16,
         check: str = "names",
         on_error: str = "raise",
@@ -109,7 +111,7 @@ class FileSource:
             items, unknown = choose(items, filename_list, name_of)
             problems += unknown
         if not items and not problems:
-            problems.append("no sample found in it")
+            problems.append(absent)
         found = {
             "names": lambda: [_missing(item) for item in items],
             "content": lambda: _in_threads(self._problems, items),

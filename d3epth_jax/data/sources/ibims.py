@@ -40,11 +40,6 @@ def ibims(path, *, filename_list: str = "", on_error: str = "raise") -> FileSour
     items, read, shape = _png_items(root), read_png, None
     if not items:
         items, read, shape = _mat_items(root), read_mat, mat_shape
-    problems = []
-    if not items:
-        problems.append(
-            "neither rgb/NAME.png nor NAME.mat in it, in ibims1_core_raw or in ibims1_core_mat"
-        )
     return FileSource(
         root,
         items,
@@ -52,7 +47,7 @@ def ibims(path, *, filename_list: str = "", on_error: str = "raise") -> FileSour
         shape=shape,
         filename_list=filename_list,
         name_of=_name_of,
-        problems=problems,
+        absent="neither rgb/NAME.png nor NAME.mat in it, in ibims1_core_raw or in ibims1_core_mat",
         on_error=on_error,
     )
 

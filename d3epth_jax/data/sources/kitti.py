@@ -71,9 +71,7 @@ def kitti(
         items, problems = _listed(root, depths, Path(eigen_list))
     else:
         items, problems = _annotated(root, [folder / split for folder in depths]), []
-    if not items and not problems:
-        looked = eigen_list or " or ".join(str(folder / split) for folder in depths)
-        problems.append(f"no frame with depth in {looked}")
+    looked = eigen_list or " or ".join(str(folder / split) for folder in depths)
     return FileSource(
         root,
         items,
@@ -82,6 +80,7 @@ def kitti(
         filename_list=filename_list,
         name_of=_name_of,
         problems=problems,
+        absent=f"no frame with depth in {looked}",
         on_error=on_error,
     )
 

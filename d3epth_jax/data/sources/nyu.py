@@ -59,9 +59,6 @@ def nyu(
         (items, size), read = _mat_items(mat, split, in_mat), read_mat
     else:
         items, read, size = _png_items(root, split, in_png), read_png, None
-    problems = []
-    if not items:
-        problems.append(f"neither {LABELLED} in it nor {split or 'test'}/SCENE/rgb_NNNN.png")
     return FileSource(
         root,
         items,
@@ -69,7 +66,7 @@ def nyu(
         shape=size,
         filename_list=filename_list,
         name_of=_name_of,
-        problems=problems,
+        absent=f"neither {LABELLED} in it nor {split or 'test'}/SCENE/rgb_NNNN.png",
         on_error=on_error,
     )
 

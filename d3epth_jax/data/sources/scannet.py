@@ -39,17 +39,14 @@ def scannet(path, *, filename_list: str = "", on_error: str = "raise") -> FileSo
     Raises SourceError.
     """
     root = files.require_folder(path)
-    items, problems = _items(root), []
-    if not items:
-        problems.append("no sceneXXXX_XX/color/NUMBER.jpg in it, nor in " + ", ".join(FOLDERS[1:]))
     return FileSource(
         root,
-        items,
+        _items(root),
         read,
         shape=shape,
         filename_list=filename_list,
         name_of=_name_of,
-        problems=problems,
+        absent="no sceneXXXX_XX/color/NUMBER.jpg in it, nor in " + ", ".join(FOLDERS[1:]),
         on_error=on_error,
     )
 

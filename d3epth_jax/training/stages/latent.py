@@ -12,6 +12,8 @@ from d3epth_jax.models.depth_model import DepthModel, abstract_params
 from d3epth_jax.typing import Batch, Latent, Params
 from d3epth_jax.weights import fold
 
+TASKS = ()  # nothing is weighted dynamically,
+WEIGHTS_FROM_DATA = True  # and which images count is known without a prediction (steps.py)
 LESSON = ("rgb_latent", "teacher_latent")  # what `teach` gives of every picture,
 TARGET = ("gt_latent", "latent_mask", "has_target")  # and of its depth
 
@@ -123,7 +125,7 @@ def predict(
     ensemble: always the same for one picture, whatever its place in a batch or data set, and
     another for every other, so that a student of many pictures learns the mean over noise.
     """
-    if steps == 1 and teacher.from_zeros:
+    if teacher.one_step_from_zero(steps):
         return inference.predict_latent(teacher, params, rgb_latent)
     noise = jnp.zeros(rgb_latent.shape, jnp.float32)
     if not teacher.from_zeros:
@@ -166,7 +168,7 @@ def make_loss(
         raise ValueError(f"unknown terms {sorted(unknown)}; stage 1 knows {list(known)}")
     if "enc" in terms and share_encoder:
         raise ValueError("the term enc trains the student's encoder: set share_encoder to False")
-    if "feat" in terms and not (teacher_steps == 1 and teacher.from_zeros):
+    if "feat" in terms and not teacher.one_step_from_zero(teacher_steps):
         raise ValueError(
             "the term feat compares features of a teacher's single step from zero latents; this"
             f" teacher takes {teacher_steps} step(s), from noise or not, and can give its latent"

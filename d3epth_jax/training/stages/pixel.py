@@ -10,6 +10,7 @@ from d3epth_jax.models.depth_model import DepthModel
 from d3epth_jax.weights import fold
 
 TASKS = ("ssi", "edge")  # what dynamic task weighting balances; every other term keeps its weight
+WEIGHTS_FROM_DATA = False  # a prediction that does not vary has no fit, so its image does not count
 
 
 def make_loss(
