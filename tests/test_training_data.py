@@ -11,7 +11,7 @@ from configs.nano import train as nano
 from d3epth_jax import cli, data, sharding
 from d3epth_jax.data import apart
 from d3epth_jax.data.sources.files import SourceError
-from d3epth_jax.training import check_config, train, training_data
+from d3epth_jax.training import ablation, check_config, train, training_data
 from tests.conftest import write_pairs
 from tests.test_train import on_pairs
 
@@ -169,6 +169,19 @@ def test_a_built_copy_of_what_is_evaluated_on_is_noticed(tmp_path, monkeypatch):
         with pytest.raises(ValueError, match="2 samples are both trained and evaluated on"):
             apart.require_apart(training, validation)
     apart.require_apart(raw["train"], held)
+
+
+def test_built_scenes_are_told_apart_by_their_seed(tmp_path):
+    built = {}
+    for folder, seed in (("one", 7), ("again", 7), ("other", 8)):
+        scenes = common.procedural(seed, 2, height=16, width=16)
+        ablation.write_files(scenes, tmp_path / folder)
+        settings = common.tfds(str(tmp_path / folder), "train", "scenes")
+        built[folder] = data.make_source(**settings | {"min_valid": 1})
+    assert apart.origin(built["one"]) == "scenes of seed 7"
+    apart.require_apart(built["one"], built["other"])
+    with pytest.raises(ValueError, match="2 samples are both trained and evaluated on"):
+        apart.require_apart(built["one"], built["again"])
 
 
 def test_two_indexes_below_one_folder_may_share_names(tmp_path):

@@ -33,11 +33,13 @@ def origin(source) -> str | None:
 
 def _names_in_root(source) -> set[tuple[str, ...]]:
     """The samples by the folder that they come from, also where they were copied from it."""
-    cached = isinstance(source, CachedLatents)
-    root = source.manifest["about"]["source"] if cached else getattr(source, "root", None)
-    if root is None:
+    if isinstance(source, CachedLatents):
+        root = source.manifest["about"]["source"]  # as `origin` said
+    elif hasattr(source, "root"):
+        root = str(source.root.resolve())
+    else:
         return set()
-    root, built = str(pathlib.Path(root).resolve()), _built_from(source)
+    built = _built_from(source)
     names = enumerate(map(source.name, range(len(source))))
     if not built:
         return {(root, name) for _, name in names}
@@ -56,9 +58,13 @@ def _built_from(source) -> dict[str, str]:
     found = {}
     for each in manifest.read_manifests(source.root).values():
         origin = each["plan"]["source"]
-        # Of "tfds:NAME/SPLIT" the path holds many data sets.
-        dataset = origin["name"].partition(":")[2].rpartition("/")[0] or origin.get("dataset", "")
-        found |= dict.fromkeys(each["shards"], str(pathlib.Path(origin["path"], dataset)))
+        if origin["name"] == "procedural":
+            where = f"scenes of seed {origin['seed']}"
+        else:
+            # Of "tfds:NAME/SPLIT" the path holds many data sets.
+            path, name = origin["path"], origin["name"].partition(":")[2].rpartition("/")[0]
+            where = str(pathlib.Path(path, name or origin.get("dataset", "")))
+        found |= dict.fromkeys(each["shards"], where)
     return found
 
 
