@@ -7,10 +7,13 @@ from collections.abc import Callable
 
 
 def a_path(text: str) -> pathlib.Path:
-    """`type=` of a file or folder. An empty one, of an unset variable, is not where you are."""
+    """`type=` of a file or folder. An empty one, of an unset variable, is not where you are.
+
+    `~` is the home folder, as the shell has it: after --out= it leaves that to the program.
+    """
     if not text:
         raise argparse.ArgumentTypeError("an empty name; for the folder you are in say .")
-    return pathlib.Path(text)
+    return pathlib.Path(text).expanduser()
 
 
 def in_range(kind: type, least: float, most: float = math.inf) -> Callable[[str], float]:

@@ -6,13 +6,15 @@ A subcommand is a function that adds its arguments, and one that runs it and ret
 
 import argparse
 import contextlib
+import functools
 import itertools
 import logging
+import os
 import pathlib
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 
-from d3epth_jax import atomic, data_cli
+from d3epth_jax import __version__, atomic, data_cli
 from d3epth_jax.argument_types import a_path, in_range
 from d3epth_jax.bench import cli as bench_cli
 from d3epth_jax.output import cannot_be_made, show
@@ -26,6 +28,7 @@ OK, SOME_FAILED, UNUSABLE, INTERRUPTED = 0, 1, 2, 130
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a subcommand; returns the exit code (argparse exits by itself with 2)."""
     parser = argparse.ArgumentParser(prog="d3epth", description="Depth from single pictures.")
+    parser.add_argument("--version", action="version", version=f"d3epth {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     for add in (add_predict, add_convert, bench_cli.add_bench, data_cli.add_data):
         add(commands)
@@ -53,8 +56,9 @@ def add_predict(commands) -> None:
     parser.set_defaults(run=predict, fail=parser.error)
     add = parser.add_argument
     add("inputs", nargs="+", type=a_path, metavar="IMAGE_OR_DIR", help="folders: recursively")
-    add("--model", help="a directory in diffusers' layout, a hub id OWNER/NAME, or one that comes "
-        "with the package: nano (the default), nano-teacher")  # fmt: skip
+    add("--model", type=os.path.expanduser,
+        help="a directory in diffusers' layout, a hub id OWNER/NAME, or one that comes with the "
+        "package: nano (the default), nano-teacher")  # fmt: skip
     add("--out", default="depth_maps", type=a_path,
         help="folder of the results, made as needed; default: depth_maps")  # fmt: skip
     add("--processing-resolution", type=in_range(int, 0), metavar="N",
@@ -168,10 +172,12 @@ def predict(args: argparse.Namespace) -> int:
         print(f"d3epth: the model {name} cannot be used:\n{error}", file=sys.stderr)
         return UNUSABLE
 
+    about = f"depth map: {quantity}, by {args.model or 'nano'}"
+    write = functools.partial(_write, color_map=args.color_map, about=about)
     progress, done = Progress("predict", total, unit="picture"), len(failed)
     for batch in batches:
         before = len(failed)
-        _predict_batch(predictor, batch, args, failed)
+        _predict_batch(predictor, write, batch, args.batch_size, failed)
         if len(failed) > before:
             progress.clear()
             _tell(failed, before)
@@ -227,7 +233,7 @@ def _load_predictor(args: argparse.Namespace):
 
 
 def _predict_batch(
-    predictor, batch: Sequence[Picture], args: argparse.Namespace, failed: dict[pathlib.Path, str]
+    predictor, write, batch: Sequence[Picture], batch_size: int, failed: dict[pathlib.Path, str]
 ) -> None:
     from d3epth_jax import image
 
@@ -236,24 +242,24 @@ def _predict_batch(
         with _failing([picture], failed, Exception):
             arrays[picture] = image.load(picture.path)
     if arrays:
-        _predict_arrays(predictor, arrays, args.batch_size, args.color_map, failed)
+        _predict_arrays(predictor, write, arrays, batch_size, failed)
 
 
-def _predict_arrays(predictor, arrays: dict, batch_size: int, color_map: str, failed) -> None:
+def _predict_arrays(predictor, write, arrays: dict, batch_size: int, failed) -> None:
     trouble: dict[pathlib.Path, str] = {}
     with _failing(arrays, trouble):
         out = predictor(list(arrays.values()), batch_size)
     if trouble and batch_size > 1:  # such as for want of memory: one by one
         for picture, array in arrays.items():
-            _predict_arrays(predictor, {picture: array}, 1, color_map, failed)
+            _predict_arrays(predictor, write, {picture: array}, 1, failed)
         return
     failed.update(trouble)
     for number, picture in enumerate([] if trouble else arrays):
         with _failing([picture], failed):
-            _write(picture, out, number, color_map)
+            write(picture, out, number)
 
 
-def _write(picture: Picture, out, number: int, color_map: str) -> None:
+def _write(picture: Picture, out, number: int, *, color_map: str, about: str) -> None:
     import numpy as np
 
     from d3epth_jax import image
@@ -262,11 +268,12 @@ def _write(picture: Picture, out, number: int, color_map: str) -> None:
     if not np.isfinite(prediction).all():
         raise ValueError("the model predicts NaN or infinity for this picture")
     color = image.visualize_depth(out.far[number], color_map=color_map)
+    save_png = functools.partial(image.save_png, about=f"{about}, of {picture.path.name}")
     # First, for it says that the others are results too.
-    _save(image.save_png, picture.file("_color.png"), color)
+    _save(save_png, picture.file("_color.png"), color)
     _save(_save_npy, picture.file(".npy"), prediction[..., 0])
     depth = image.export_depth_to_16bit_png(prediction)
-    _save(image.save_png, picture.file("_depth.png"), depth)
+    _save(save_png, picture.file("_depth.png"), depth)
     uncertainty = picture.file("_uncertainty.npy")
     if out.uncertainty is not None:
         _save(_save_npy, uncertainty, out.uncertainty[number, ..., 0])

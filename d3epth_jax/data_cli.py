@@ -20,6 +20,7 @@ OK, PROBLEMS, UNUSABLE = 0, 1, 2
 FILTERS = ("min_range", "min_contrast", "max_invalid")
 SHEET_ROWS = 12
 BATCH = 4  # of the speed measured
+USUAL = {"folder": {"depth_scale": 1000.0}}  # settings of a source, as in configs/common.py
 
 
 def add_data(commands) -> None:
@@ -97,7 +98,8 @@ def _add_source(parser) -> None:
     add("source", help="its name in configs, such as folder or hypersim, or tfds:NAME[/SPLIT]")
     add("path", help="the data set's folder (TFDS: the folder of data sets)")
     add("--set", action="append", default=[], metavar="KEY=VALUE",
-        help="a setting of the source, such as depth_scale=1000; repeat as needed")  # fmt: skip
+        help="a setting of the source; repeat as needed. A folder's depth_scale is 1000 counts "
+        "per metre if not set")  # fmt: skip
 
 
 def _add_filters(parser) -> None:
@@ -236,7 +238,7 @@ def _settings(args: argparse.Namespace) -> dict:
     known = _arguments(args.source)
     if "path" not in known:
         raise ValueError(f"{args.source} makes its samples: it has no folder {args.path} to read")
-    settings = {}
+    settings = dict(USUAL.get(args.source, {}))
     for text in args.set:
         key, equals, value = text.partition("=")
         if not equals:

@@ -304,10 +304,11 @@ def export_depth_to_16bit_png(
     return depth.reshape(np.shape(prediction)[:-1])
 
 
-def save_png(path, array: np.ndarray) -> None:
+def save_png(path, array: np.ndarray, about: str = "") -> None:
     """Write uint8 [H, W, 3], uint8 [H, W] or uint16 [H, W] as PNG; folders are made as needed.
 
-    Atomic (`atomic.replacing`): never half a file. It says that it is ours (`is_ours`).
+    Atomic (`atomic.replacing`): never half a file. It says that it is ours (`is_ours`), and what it
+    is `about`.
     """
     array = np.asarray(array)
     color = array.dtype == np.uint8 and array.ndim == 3 and array.shape[-1] == 3
@@ -316,11 +317,13 @@ def save_png(path, array: np.ndarray) -> None:
             f"{path}: a PNG takes uint8 [H, W, 3], uint8 [H, W] or uint16 [H, W]; "
             f"got {array.dtype} {list(array.shape)}"
         )
-    written_by = PngImagePlugin.PngInfo()
-    written_by.add_text("Software", SOFTWARE)
+    texts = PngImagePlugin.PngInfo()
+    texts.add_text("Software", SOFTWARE)
+    if about:
+        texts.add_itxt("Description", about)
     with atomic.replacing(path) as partial:
         # Pillow 13: a mode with uint16 fails.
-        Image.fromarray(array).save(partial, format="PNG", pnginfo=written_by)
+        Image.fromarray(array).save(partial, format="PNG", pnginfo=texts)
 
 
 def is_ours(path) -> bool:

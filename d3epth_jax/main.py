@@ -7,6 +7,7 @@ interrupted.
 """
 
 import logging
+import os
 import pathlib
 import sys
 import time
@@ -44,7 +45,7 @@ def main(argv: list[str]) -> None:
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(message)s", force=True)
     log.setLevel(logging.INFO)
     config = CONFIG.value
-    workdir = pathlib.Path(WORKDIR.value or config.workdir)
+    workdir = pathlib.Path(WORKDIR.value or config.workdir).expanduser()
     sharding.use_cpu_cores(config.cpu_devices)
     use_compilation_cache()
     if DISTRIBUTED.value:
@@ -114,13 +115,14 @@ def _unset(config: ConfigDict) -> list[str]:
 
 
 def fill_in(config: ConfigDict, workdir: pathlib.Path) -> ConfigDict:
-    """A copy with `{workdir}` replaced in all strings."""
+    """A copy with `{workdir}`, and a `~/` at the beginning, replaced in all strings."""
     filled = config.copy_and_resolve_references()
     for name, value in config.items():
         if isinstance(value, ConfigDict):
             filled[name] = fill_in(value, workdir)
         elif isinstance(value, str):
-            filled[name] = value.replace("{workdir}", str(workdir))
+            home = os.path.expanduser(value) if value.startswith("~/") else value
+            filled[name] = home.replace("{workdir}", str(workdir))
     return filled
 
 

@@ -117,6 +117,8 @@ def name_outputs(
                 )
                 print(told, file=sys.stderr)
             if not files & taken and not others:
+                if output != plain:
+                    print(f"d3epth: the results of {path} are {output}*", file=sys.stderr)
                 break
         taken |= files
         pictures.append(picture)

@@ -73,7 +73,7 @@ class FakePipeline:
 @pytest.fixture
 def fake(monkeypatch):
     class Fake(FakePipeline):
-        pass
+        loaded = None
 
     monkeypatch.setattr("d3epth_jax.pipeline.DepthPipeline", Fake)
     return Fake
@@ -346,7 +346,7 @@ def test_nothing_to_predict_loads_no_model(fake, tmp_path, capsys):
     captured = capsys.readouterr()
     assert "absent.png: no such file" in captured.err
     assert captured.out == "0 of 1 pictures predicted\n"
-    assert not hasattr(fake, "loaded") and not (tmp_path / "out").exists()
+    assert fake.loaded is None and not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("error", [RuntimeError("OUT: Out of\n memory"), MemoryError()])
@@ -437,7 +437,7 @@ def test_out_that_is_a_file(fake, tmp_path, capsys, below):
         predict(picture, out=picture / below)
     assert stopped.value.code == 2
     assert f"cannot be made: {picture} is no folder" in capsys.readouterr().err
-    assert not hasattr(fake, "loaded")  # told before a model is fetched
+    assert fake.loaded is None  # told before a model is fetched
 
 
 def test_entry_points():

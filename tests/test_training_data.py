@@ -177,7 +177,7 @@ def test_built_scenes_are_told_apart_by_their_seed(tmp_path):
         scenes = common.procedural(seed, 2, height=16, width=16)
         ablation.write_files(scenes, tmp_path / folder)
         settings = common.tfds(str(tmp_path / folder), "train", "scenes")
-        built[folder] = data.make_source(**settings | {"min_valid": 1})
+        built[folder] = data.make_source(**settings, min_valid=1)
     assert apart.origin(built["one"]) == "scenes of seed 7"
     apart.require_apart(built["one"], built["other"])
     with pytest.raises(ValueError, match="2 samples are both trained and evaluated on"):

@@ -30,7 +30,8 @@ anew after every arm; interrupted, it goes on where it was.
    at stage 2's own learning rate, with the edge term, which it was trained with, or without.
    Gradients are not clipped, as in 1.
 
---config.teacher=DIR takes another teacher; --config.seeds, --config.batch_size,
+--config.teacher=DIR takes another teacher (in 4 that is a row of the table alone, in 5 it is the
+student that goes on). --config.seeds, --config.batch_size (a divisor of 256 if the cache is used),
 --config.steps.full and so on set the size, --config.order="('full_ssi','full_dwa')" the arms.
 """
 
@@ -89,7 +90,8 @@ def get_config(argument: str | None = None) -> ConfigDict:
         }
     )
     config.evaluations.real.eval.source.path = config.get_ref("real")
-    config.evaluations.real.eval.processing_resolution = -1  # the models' own
+    for each in config.evaluations.values():
+        each.eval.processing_resolution = -1  # the models' own
     # Read by the arms `online` and `cached`; a cache needs pictures that come again.
     config.files = nano.scenes(FILES, 32 if tiny else 4096)
     arms = full_arms(config, tiny) | student_arms(config, tiny) | single_arms(config, tiny)
@@ -106,6 +108,8 @@ def get_config(argument: str | None = None) -> ConfigDict:
         config.order = tuple(suites[word])
         name, config.batch_size = SUITES[word]
         config.comparisons = edge_comparisons(name)
+    if word == "refined":
+        config.teacher = "nano"  # what goes on, and so the table's row to compare with
     return config
 
 
@@ -184,7 +188,7 @@ def edge_arms(config: ConfigDict, tiny: bool) -> dict[str, ConfigDict]:
 def refined_arms(config: ConfigDict, tiny: bool) -> dict[str, ConfigDict]:
     def refined(edge: float, weighting: str) -> ConfigDict:
         job = train(config, nano.stage2(tiny), "refined")
-        job.init = "nano"
+        job.init = config.get_ref("teacher")
         nano.resize(job, *nano.LARGER)  # the shipped student's size
         job.optim.clip = 0
         job.loss.beta.edge, job.weighting.name = edge, weighting

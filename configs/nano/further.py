@@ -1,7 +1,7 @@
 """A model goes on in pixel space, by default the shipped student, with scenes it has not seen.
 
     python -m d3epth_jax.main --config=configs/nano/further.py         # an hour on 2 CPU cores
-    python -m d3epth_jax.main --config=configs/nano/further.py:tiny    # seconds: does it run?
+    python -m d3epth_jax.main --config=configs/nano/further.py:tiny    # minutes: does it run?
 
 It is how scenes of a newer version reach a model without training all anew (train.py), and larger
 pictures. `--config.stage2.init` names what to begin with, nano-teacher for instance. RESULTS.md

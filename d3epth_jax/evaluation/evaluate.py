@@ -1,5 +1,6 @@
 """The evaluation job: saved models, saved predictions and trivial predictors, in one table."""
 
+import dataclasses
 import logging
 import math
 import pathlib
@@ -11,7 +12,7 @@ from d3epth_jax.evaluation.scores import Predictor, batch_size_for, evaluate, na
 from d3epth_jax.metrics import EXPONENT
 from d3epth_jax.output import show
 from d3epth_jax.pipeline import DepthPipeline
-from d3epth_jax.weights.download import may_be_read
+from d3epth_jax.weights.download import BUNDLED, may_be_read
 
 log = logging.getLogger(__name__)
 
@@ -42,6 +43,7 @@ def run(config, workdir: pathlib.Path) -> None:
         source,
         protocol_of(config.eval),
         title=f"evaluation on {config.eval.source.name}",
+        data=", ".join(f"{k} {v}" for k, v in config.eval.source.items() if v not in ("", None)),
         num_images=config.eval.num_images,
         batch_size=config.eval.batch_size,
         num_pictures=config.eval.num_pictures,
@@ -56,13 +58,15 @@ def run(config, workdir: pathlib.Path) -> None:
                 "%s is upside down on most pictures (s<0): is its space right?%s",
                 *(name, f" (predictions.{name}.space)" if name in predictions else ""),
             )
-    results.save(workdir)
-    log.info("table, per-image scores and galleries: %s", workdir / "evaluation*.*")
     if all(math.isnan(results.mean(name)) for name in predictors):
         raise ValueError(
             "not one pixel of the ground truth counts in this protocol (above): is the source's"
             " unit right, such as depth_scale? `d3epth data check` looks at it"
         )
+    if (workdir / "evaluation.json").is_file():
+        log.warning("the evaluation that was in %s is replaced", workdir)
+    results.save(workdir)
+    log.info("table, per-image scores and galleries: %s", workdir / "evaluation*.*")
 
 
 def protocol_of(settings) -> Protocol:
@@ -97,6 +101,11 @@ def check(config) -> None:
     models, predictions = wanted(config)
     if both := sorted(models.keys() & predictions.keys()):
         problems.append(f"{both} are names of both models and predictions")
+    if models and config.eval.get("alignment") == "none":
+        problems.append(
+            f"eval.alignment=none is for predictions in metres, and models predict depth up to a"
+            f" scale and a shift: leave out {sorted(models)}"
+        )
     if config.shuffled and config.shuffled not in (*config.baselines, *models, *predictions):
         problems.append(
             f"shuffled={config.shuffled!r} is none of the baselines, models and predictions"
@@ -119,10 +128,14 @@ def wanted(config) -> tuple[dict, dict]:
 
 def require_models(config) -> None:
     """Raises FileNotFoundError with all model directories that are missing."""
-    paths = wanted(config)[0].values()
-    missing = [path for path in paths if not may_be_read(path)]
+    missing = [
+        f"models.{name}: {path} is no directory (train it first?), no hub id OWNER/NAME, and none"
+        f" of {sorted(BUNDLED)}, which come with the package"
+        for name, path in wanted(config)[0].items()
+        if not may_be_read(path)
+    ]
     if missing:
-        raise FileNotFoundError(f"no model directory at {missing}: train it first, or name another")
+        raise FileNotFoundError("\n".join(missing))
 
 
 def make_predictors(config, source) -> dict[str, Predictor]:
@@ -149,7 +162,9 @@ def make_predictors(config, source) -> dict[str, Predictor]:
     # A ConfigDict sorts its keys; `order` says which come first in the table.
     for name in sorted(models, key=lambda name: (*config.order, name).index(name)):
         pipeline = DepthPipeline.from_pretrained(models[name])
-        of_models[name] = model_predictor(pipeline, protocol, config.eval.batch_size)
+        predictor = model_predictor(pipeline, protocol, config.eval.batch_size)
+        note = f"the model {models[name]}, {predictor.note}"
+        of_models[name] = dataclasses.replace(predictor, note=note)
     judged = of_models | saved
     spaces = {p.space for p in judged.values()} if not protocol.alignment else set()
     predictors = {}

@@ -152,6 +152,7 @@ def evaluate(
     protocol: Protocol = PROTOCOLS["default"],
     *,
     title: str = "evaluation",
+    data: str = "",
     num_images: int | None = None,
     batch_size: int = 16,
     num_pictures: int = 8,
@@ -165,6 +166,7 @@ def evaluate(
 
     Args:
       source: `__len__`, `__getitem__`, and if it has them `name(i)`, `group(i)` and `shape(i)`.
+      data: what the source is, told with the results.
       num_images: evaluate so many only, evenly spread over the source; None or 0 all.
       batch_size: pictures given to a predictor at once; fewer if they are large.
       num_pictures: rows of the gallery, evenly spread over the images; 0 for none.
@@ -214,7 +216,7 @@ def evaluate(
         done += len(indices)
         progress.update(done)
     pictures, worst = galleries.sheets()
-    header = _header(title, protocol, predictors, count, len(source), known, sizes)
+    header = _header(title, data, protocol, predictors, count, len(source), known, sizes)
     if worst is not None:
         header += f"\n- worst images: by AbsRel of {worst_of}"
     return Results(header, rows, pictures, worst)
@@ -286,6 +288,7 @@ def _predict(
 
 def _header(
     title: str,
+    data: str,
     protocol: Protocol,
     predictors: Mapping[str, Predictor],
     count: int,
@@ -308,7 +311,8 @@ def _header(
         images += f"; {protocol.split}"
     smallest, largest = (f"{h}x{w}" for h, w in (min(sizes), max(sizes)))
     pixels = smallest if smallest == largest else f"{smallest} to {largest}"
-    lines = [f"images: {images}", f"ground truth: {pixels} pixels (height x width)"]
+    lines = [f"data: {data}"] if data else []
+    lines += [f"images: {images}", f"ground truth: {pixels} pixels (height x width)"]
     lines += protocol.describe()
     for name, predictor in predictors.items():
         space = protocol.alignment or predictor.space

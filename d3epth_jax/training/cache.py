@@ -57,7 +57,8 @@ def check(config) -> None:
         problems.append("teacher.cache is for training; the cache that is made here is the workdir")
     if config.cache.ensemble < 1:
         problems.append(f"cache.ensemble is a number of members, not {config.cache.ensemble}")
-    if config.cache.shard_size < 1 or config.cache.shard_size % config.data.batch_size:
+    # A batch size below 1 is told by training_data.check.
+    if config.cache.shard_size < 1 or config.cache.shard_size % max(config.data.batch_size, 1):
         problems.append(
             f"cache.shard_size={config.cache.shard_size} is not a multiple of"
             f" data.batch_size={config.data.batch_size}"

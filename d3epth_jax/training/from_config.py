@@ -218,6 +218,14 @@ def _read_student(config, teacher: Start) -> Start:
     )
     if predicts_depth:
         reshaped |= _space(config, model)
+        before = model.processing_resolution
+        after = reshaped.get("processing_resolution", before)
+        if before and before != after:
+            log.warning(
+                "%s sees %d px by default; what is trained from it will see %d, as this config's"
+                " pictures: model.processing_resolution, data.height and data.width set another",
+                *(config.init, before, after),
+            )
     else:
         reshaped = {"prediction_type": _fresh_space(config, teacher), **shape}
     return Start(dataclasses.replace(model, **reshaped), params, text)
