@@ -90,8 +90,8 @@ def align_to_metric(
     own; elsewhere it is first converted, as if it were right up to scale, and what is not above
     1e-6 counts as that. "none": no fit, the prediction is metric. As soon as a disparity is
     involved the fit is over pred > 0; a fitted disparity is raised to 1e-3 before it is inverted.
-    max_resolution: larger images are fitted on a nearest subsampling of that longest side (ETH3D);
-    0 for none.
+    max_resolution: larger images are fitted on a nearest subsampling of that longest side (ETH3D),
+    unless no pixel of it counts; 0 for none.
 
     A negative scale means an inverted prediction; without two different predictions it is 0, and
     the mean is the answer, or the farthest depth where no disparity is above 0. ValueError for
@@ -122,6 +122,8 @@ def align_to_metric(
         scale, mean, shift = 1.0, 0.0, 0.0
         if alignment != "none":
             small = [_shrink(array, max_resolution) for array in (pred, target, mask)]
+            if not small[2].any():  # a sparse ground truth that the subsampling misses
+                small = pred, target, mask
             scale, mean, shift = _fit(lambda: pairs(*small))
         metres = np.empty(pred.shape)
         for rows in _row_blocks(pred.shape):
@@ -247,9 +249,9 @@ def _row_blocks(shape: tuple[int, ...]) -> Iterator[slice]:
 
 
 def _shrink(values: np.ndarray, max_resolution: int) -> np.ndarray:
-    """Nearest-neighbour subsampling of [H,W,1] until the longest side is at most that."""
-    factor = max(values.shape[:2]) / max_resolution if max_resolution else 1
-    if factor <= 1:
+    """Nearest-neighbour subsampling of [H,W,1] to that longest side, as torch's nn.Upsample."""
+    factor = max_resolution / max(values.shape[:2]) if max_resolution else 1
+    if factor >= 1:
         return values
-    rows, columns = ((np.arange(int(s / factor)) * factor).astype(int) for s in values.shape[:2])
+    rows, columns = ((np.arange(int(s * factor)) / factor).astype(int) for s in values.shape[:2])
     return values[rows[:, None], columns]

@@ -16,7 +16,7 @@ from jaxtyping import Array, Bool, Float, Int
 State = Any
 Tasks = Float[Array, " K"]
 
-_TINY = 1e-8  # a loss that starts at exactly zero must not get an infinite weight
+_TINY = 1e-8  # a mean of at most that is zero: divided by it, a loss would be all that counts
 
 
 class Weighting(NamedTuple):
@@ -56,8 +56,8 @@ def dwa(
     lambda = K softmax(r / temperature), r the ratio of the means of the last two full windows,
     clipped to `ratio_clip` (None: not, as published); lambda = 1 until there are two. Windows of
     optimiser steps stand for the paper's epochs. `normalize` divides by each loss's mean in the
-    first window, as DWA itself does not balance magnitudes. A window without a valid loss keeps its
-    predecessor's mean. ValueError for options out of range.
+    first window, as DWA itself does not balance magnitudes. A window without a valid loss, or in
+    which all are zero, keeps its predecessor's mean. ValueError for options out of range.
     """
     low, high = ratio_clip or (0.0, float("inf"))
     if num_tasks < 1 or window < 1 or not temperature > 0 or not 0 <= low <= high:
@@ -82,17 +82,18 @@ def dwa(
         ratio = jnp.clip(state.last / jnp.maximum(state.before, _TINY), low, high)
         ratio = jnp.where(state.full >= 2, ratio, 1)
         share = num_tasks * jax.nn.softmax(ratio / temperature)
-        scale = jnp.maximum(state.reference, _TINY) if normalize else 1
+        scale = state.reference if normalize else 1
         return jax.lax.stop_gradient(share / scale)
 
     def update(state: DwaState, losses: Tasks, valid: Bool[Array, " K"]) -> DwaState:
         losses, valid = _usable(losses, valid)
         step = state.step + 1
         total, count = state.total + losses, state.count + valid
-        mean = jnp.where(count > 0, total / jnp.maximum(count, 1), state.last)
-        first = (state.full == 0) & (count > 0)
+        told = total > _TINY * count  # zeros say nothing of how large a loss is
+        mean = jnp.where(told, total / jnp.maximum(count, 1), state.last)
+        first = (state.full == 0) & told
         ends = step >= window
-        known = (count > 0) | (state.full > 0)  # no mean yet: the window does not count as full
+        known = told | (state.full > 0)  # no mean yet: the window does not count as full
         return DwaState(
             step=jnp.where(ends, 0, step),
             total=jnp.where(ends, 0, total),

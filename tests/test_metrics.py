@@ -158,18 +158,21 @@ def test_alignment_without_a_fit_is_the_mean(dtype, value):
     assert np.isfinite(metres).all()
 
 
-@pytest.mark.parametrize("shape", [(20, 31), (31, 20), (63, 95), (40, 100)])
-def test_large_images_are_fitted_on_a_nearest_subsampling(shape):
+@pytest.mark.parametrize(
+    "shape, longest",
+    [((20, 31), 10), ((31, 20), 10), ((63, 95), 10), ((40, 100), 10), ((1000, 8), 999)],
+)
+def test_large_images_are_fitted_on_a_nearest_subsampling(shape, longest):
     """As torch's nearest interpolation with a scale factor samples them."""
     import torch
 
     pred, target, mask = sample(shape=(2, *shape, 1))
     options = {"space": "depth", "min_depth": 0.0, "max_depth": np.inf}
-    metres, scale = align(pred, target, mask, max_resolution=10, **options)
+    metres, scale = align(pred, target, mask, max_resolution=longest, **options)
     resized = [
         torch.nn.functional.interpolate(
             torch.tensor(x[..., 0].astype(np.float64))[:, None],
-            scale_factor=10 / max(shape),
+            scale_factor=longest / max(shape),
             mode="nearest",
         )[:, 0].numpy()
         for x in (pred, target, mask)
@@ -181,6 +184,18 @@ def test_large_images_are_fitted_on_a_nearest_subsampling(shape):
         np.testing.assert_allclose(metres[i], np.maximum(s * pred[i] + t, 1e-6), rtol=1e-6)
     same, _ = align(pred, target, mask, max_resolution=max(shape), **options)
     np.testing.assert_array_equal(same, align(pred, target, mask, **options)[0])
+
+
+def test_a_sparse_truth_that_the_subsampling_misses_is_fitted_on_all_its_pixels():
+    pred, target, mask = sample(shape=(1, 40, 40, 1))
+    mask[:] = False
+    mask[:, 1::4, 1::4] = True
+    target[mask] = 2 * pred[mask] + 3
+    metres, scale = align(
+        pred, target, mask, space="depth", min_depth=0.0, max_depth=np.inf, max_resolution=10
+    )
+    assert scale[0] == pytest.approx(2, rel=1e-5)
+    np.testing.assert_allclose(metres[mask], target[mask], rtol=1e-5)
 
 
 def test_unknown_spaces_and_mixed_shapes_are_named():

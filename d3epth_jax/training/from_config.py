@@ -213,6 +213,8 @@ def _read_student(config, teacher: Start) -> Start:
         **_version(config.init_version),
     )
     plain = not predicts_depth and model.unet.in_channels == model.autoencoder.latent_channels
+    if doubt := model.schedule.doubt(model.denoising_steps or 0):
+        log.warning("%s: %s; it is trained as one at the last timestep", config.init, doubt)
     model, params = surgery.to_single_step(
         model, params, widen=config.conv_in_bias if plain else ""
     )

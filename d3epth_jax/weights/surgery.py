@@ -42,6 +42,8 @@ def to_single_step(
 ) -> tuple[DepthModel, Params]:
     """The same depth from zero latents, in the form in which everything is trained here (METHOD 1).
 
+    The same as in one step at the last timestep: a model of one step elsewhere becomes another.
+
     Any Stable Diffusion, Marigold or E2E-FT becomes a v-prediction model of zero SNR and one
     trailing step: then z0 = -v, whatever latents diffusers starts from. The head is scaled by
     what z0 = -output was short of at the last timestep; the noise half of conv_in, which zero
