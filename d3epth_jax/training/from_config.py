@@ -287,6 +287,11 @@ def _student_of_preset(config, teacher: Start) -> Start:
     if "unet" in parts:
         # In the form that is trained here, which is the student's.
         other, of_teacher = surgery.to_single_step(teacher.model, teacher.params)
+        widths, of_levels = unet.block_out_channels, other.unet.block_out_channels
+        if widths != of_levels[: len(widths)]:
+            log.info("UNet, evenly thinned: %s of the teacher's %s channels", widths, of_levels)
+            widths += of_levels[len(widths) :]  # of levels that a pruned student lacks
+            other, of_teacher = surgery.thin(other, of_teacher, widths)
         copied = surgery.copy_from_teacher(unet, other.unet, params["unet"], of_teacher["unet"])
         params["unet"] = copied.params
         log.info("UNet, from the teacher: %s", surgery.in_modules(copied.taken))

@@ -1,6 +1,8 @@
 """Changes of shape or meaning that turn one model's weights into another's."""
 
 import dataclasses
+import itertools
+import operator
 import re
 from collections.abc import Iterable, Mapping
 from typing import Any, Literal, NamedTuple
@@ -9,7 +11,7 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from d3epth_jax.models.config import TinyAutoencoderConfig, UNetConfig
-from d3epth_jax.models.depth_model import DepthModel
+from d3epth_jax.models.depth_model import DepthModel, abstract_params
 from d3epth_jax.models.presets import SINGLE_STEP
 from d3epth_jax.typing import Params
 from d3epth_jax.weights import keys
@@ -75,6 +77,36 @@ def to_single_step(
         starts_at_zero=False,
     )
     return model, {**params, "unet": unet}
+
+
+def thin(model: DepthModel, params: Params, widths: tuple[int, ...]) -> tuple[DepthModel, Params]:
+    """The same UNet with fewer channels at each level: where a narrower student starts.
+
+    Of every layer's channels those stay that are evenly spaced: a start that is far from the
+    teacher, and much nearer to it than random weights are (Xu et al., "Initializing Models with
+    Larger Ones", ICLR 2024). Evenly spaced, they keep to their norm group and attention head.
+    ValueError for more channels than there are.
+    """
+    before = model.unet.block_out_channels
+    if len(widths) != len(before) or any(map(operator.gt, widths, before)):
+        raise ValueError(f"widths {before} cannot be thinned to {widths}")
+    unet = dataclasses.replace(model.unet, block_out_channels=widths)
+    model = dataclasses.replace(model, unet=unet)
+    levels = set(zip(widths, before, strict=True))
+
+    def kept(count: int, of: int) -> np.ndarray:
+        """Which channels stay: of an up block's input, what comes from below and what skips."""
+        for (a, of_a), (b, of_b) in itertools.product(levels, levels):
+            if of_a >= of_b and (a + b, of_a + of_b) == (count, of):
+                return np.concatenate([kept(a, of_a), of_a + kept(b, of_b)])
+        return np.arange(count) * of // count
+
+    thinned, shapes = flatten_dict(params["unet"]), flatten_dict(abstract_params(model)["unet"])
+    for path, shape in shapes.items():
+        for axis, count in enumerate(shape.shape):
+            index = kept(count, thinned[path].shape[axis])
+            thinned[path] = np.take(thinned[path], index, axis)
+    return model, {**params, "unet": unflatten_dict(thinned)}
 
 
 class Copied(NamedTuple):
