@@ -147,7 +147,7 @@ def training(stage: str) -> ConfigDict:
     config.model = ConfigDict(
         {
             "preset": "d3_nano",
-            "unet": "own",  # "teacher": pruned from the teacher's as BK-SDM (needs no `init`)
+            "unet": "own",  # "teacher": pruned from the teacher's as BK-SDM, thinned if narrower
             "encoder": "own",  # "teacher": the teacher's, shape and weights
             "decoder": "own",
             # depth | disparity | sqrt_disparity; unset: what the model to start from predicts, else

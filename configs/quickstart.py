@@ -4,7 +4,8 @@
     python -m d3epth_jax.main --config=configs/quickstart.py:tiny     # seconds: does it run at all?
 
 1. stage1: a student with a third of the teacher's MACs learns its latents and features from
-   rendered scenes; its encoder and decoder are the teacher's with fewer blocks.
+   rendered scenes. It starts with some of the teacher's channels, and its encoder and decoder are
+   the teacher's with fewer blocks.
 2. stage2: the student is refined in pixel space, light decoder included.
 3. eval: held-out scenes; student and teacher against predictors that know nothing.
 
@@ -21,6 +22,7 @@ def stage1(tiny: bool = False) -> ConfigDict:
     """Also of configs/stage1.py:tiny."""
     config = nano.stage1(tiny)
     config.teacher.path = nano.SHIPPED_TEACHER
+    config.model.unet = "teacher"  # its channels, evenly thinned: there is no time for random ones
     config.train.save_start = True
     return shorter(config, 500, tiny)
 

@@ -4,15 +4,19 @@ import dataclasses
 import json
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict, unflatten_dict
 
+from d3epth_jax import inference
 from d3epth_jax.models import presets
 from d3epth_jax.models.config import TinyAutoencoderConfig, UNetConfig
+from d3epth_jax.models.depth_model import abstract_params, init_params
 from d3epth_jax.models.tiny_vae import TinyDecoder, TinyEncoder
 from d3epth_jax.weights import convert, hub, keys, surgery
 from tests import unet_oracle as oracle
+from tests.conftest import small_model, small_unet
 
 # Stable Diffusion 2's shape, narrow; every level of another width, so that nothing fits by chance.
 TEACHER = dataclasses.replace(
@@ -87,6 +91,35 @@ def test_a_student_that_mostly_fits_nowhere_is_refused():
         ValueError, match=r"no pruned teacher.*\n.*conv_in/bias: \(12,\) <- .*\(8,\)"
     ):
         surgery.copy_from_teacher(student, TEACHER, own, params)
+
+
+def test_a_narrower_unet_has_evenly_spaced_channels_of_every_layer():
+    teacher = small_model(small_unet((16, 32)))
+    params = init_params(teacher, 0)
+    model, thinned = surgery.thin(teacher, params, (8, 24))
+    assert model.unet == dataclasses.replace(teacher.unet, block_out_channels=(8, 24))
+    abstract, unet = abstract_params(model)["unet"], thinned["unet"]
+    assert jax.tree.map(np.shape, unet) == jax.tree.map(lambda x: x.shape, abstract)
+    inner = np.arange(24) * 32 // 24  # 0 1 2 4 5 6 8 ...: every fourth is left out
+    before = params["unet"]["down_blocks_1"]["resnets_0"]["conv1"]["kernel"]
+    kernel = unet["down_blocks_1"]["resnets_0"]["conv1"]["kernel"]
+    np.testing.assert_array_equal(kernel, before[:, :, ::2][..., inner])
+    # The outer up block's input: the inner level's channels, then those of the skip.
+    before = params["unet"]["up_blocks_1"]["resnets_0"]["conv1"]["kernel"]
+    kernel = unet["up_blocks_1"]["resnets_0"]["conv1"]["kernel"]
+    index = [*inner, *range(32, 48, 2)]
+    np.testing.assert_array_equal(kernel, before[:, :, index][..., ::2])
+    prediction = inference.predict_latent(model, thinned, jnp.ones((1, 8, 8, 4)))[0]
+    assert np.isfinite(prediction).all() and np.std(prediction) > 0
+
+
+def test_thinned_to_its_own_widths_a_unet_is_itself_and_none_gets_wider():
+    teacher = small_model(small_unet((16, 32)))
+    params = init_params(teacher, 0)
+    jax.tree.map(np.testing.assert_array_equal, surgery.thin(teacher, params, (16, 32))[1], params)
+    for widths in ((16, 40), (16,)):
+        with pytest.raises(ValueError, match="cannot be thinned"):
+            surgery.thin(teacher, params, widths)
 
 
 @pytest.mark.parametrize("kind", ["base", "small", "tiny"])

@@ -43,7 +43,9 @@ def run(config, workdir: pathlib.Path) -> None:
         source,
         protocol_of(config.eval),
         title=f"evaluation on {config.eval.source.name}",
-        data=", ".join(f"{k} {v}" for k, v in config.eval.source.items() if v not in ("", None)),
+        data=", ".join(
+            f"{k} {v}" for k, v in config.eval.source.items() if v not in ("", None, ())
+        ),
         num_images=config.eval.num_images,
         batch_size=config.eval.batch_size,
         num_pictures=config.eval.num_pictures,
