@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import logging
 
 import jax
 import jax.numpy as jnp
@@ -9,11 +10,13 @@ import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict, unflatten_dict
 
+from configs import quickstart
 from d3epth_jax import inference
 from d3epth_jax.models import presets
 from d3epth_jax.models.config import TinyAutoencoderConfig, UNetConfig
 from d3epth_jax.models.depth_model import abstract_params, init_params
 from d3epth_jax.models.tiny_vae import TinyDecoder, TinyEncoder
+from d3epth_jax.training import from_config
 from d3epth_jax.weights import convert, hub, keys, surgery
 from tests import unet_oracle as oracle
 from tests.conftest import small_model, small_unet
@@ -120,6 +123,16 @@ def test_thinned_to_its_own_widths_a_unet_is_itself_and_none_gets_wider():
     for widths in ((16, 40), (16,)):
         with pytest.raises(ValueError, match="cannot be thinned"):
             surgery.thin(teacher, params, widths)
+
+
+def test_the_first_commands_student_starts_with_its_teachers_channels(caplog):
+    with caplog.at_level(logging.INFO):
+        teacher, student, *_ = from_config.make_models(quickstart.stage1(tiny=True))
+    mine, its = (start.params["unet"]["conv_out"]["kernel"] for start in (student, teacher))
+    assert (mine.shape[2], its.shape[2]) == (24, 40)
+    np.testing.assert_array_equal(mine, its[:, :, np.arange(24) * 40 // 24])
+    assert "evenly thinned: (24, 32, 56, 64) of the teacher's (40, 80, 128, 160)" in caplog.text
+    assert "random" not in caplog.text
 
 
 @pytest.mark.parametrize("kind", ["base", "small", "tiny"])
