@@ -131,7 +131,7 @@ def _named(path):
     """Turns what Pillow says of a file into an ImageError that names it."""
     try:
         yield
-    except FileNotFoundError:
+    except (FileNotFoundError, IsADirectoryError):
         raise
     except Image.DecompressionBombError as error:
         raise ImageError(f"{path}: refused as a decompression bomb: {error}") from error

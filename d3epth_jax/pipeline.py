@@ -401,7 +401,8 @@ def _as_list(images) -> list[np.ndarray]:
         isinstance(images, np.ndarray | jax.Array) and images.ndim < 4
     ):
         images = [images]
-    if not isinstance(images, Sequence | np.ndarray | jax.Array) or not len(images):
+    listed = isinstance(images, Sequence | np.ndarray | jax.Array)
+    if not listed or isinstance(images, bytes) or not len(images):
         raise ValueError("no picture given: a path, a PIL picture, an array, or a list of these")
     pictures, problems = [], []
     for number, given in enumerate(images):

@@ -59,6 +59,15 @@ def test_a_sound_set_is_described_by_group(pairs, check):
     assert table[2][-2:] == [f"{100 * share:.1f}", "%"]
 
 
+def test_a_folder_is_of_millimetres_unless_told_otherwise(pairs, capsys):
+    told = {}
+    for name, more in {"as it is": [], "the same": ["1000"], "other": ["500"]}.items():
+        settings = [x for scale in more for x in ("--set", f"depth_scale={scale}")]
+        assert cli.main(["data", "check", "folder", str(pairs), *settings]) in (0, 1)
+        told[name] = capsys.readouterr().out
+    assert told["as it is"] == told["the same"] != told["other"]
+
+
 def half_written(pairs):
     path = pairs / "kitchen" / "depth" / "001.png"
     os.truncate(path, path.stat().st_size // 2)

@@ -14,7 +14,9 @@ from d3epth_jax.evaluation import baselines, evaluate, scores
 from d3epth_jax.evaluation.evaluate import make_predictors, model_predictor, saved_predictions
 from d3epth_jax.evaluation.protocols import make_protocol
 from d3epth_jax.evaluation.scores import Predictor
-from tests.conftest import write_pairs
+from d3epth_jax.models.depth_model import init_params
+from d3epth_jax.weights import hub
+from tests.conftest import small_model, write_pairs
 
 
 def saved_as(source, root, function, end=".npy", dtype=np.float32):
@@ -252,9 +254,35 @@ def test_maps_that_are_upside_down_are_told(pairs, tmp_path, caplog):
         assert (told in caplog.text) is (space == "depth")
 
 
+def test_results_say_of_what_they_are_and_what_they_replace(pairs, tmp_path, caplog):
+    model = small_model(processing_resolution=48)
+    hub.save_model(tmp_path / "model", model, init_params(model, 0))
+    config = eval_config.get_config()
+    for count in (1, 2):
+        caplog.clear()
+        config.eval.source = common.folder(str(pairs.root))
+        config.eval.update(num_pictures=0, num_images=count)
+        config.models = {"student": str(tmp_path / "model")}
+        evaluate.run(config, tmp_path / "out")
+        assert ("is replaced" in caplog.text) is (count == 2)
+    text = (tmp_path / "out/evaluation.md").read_text()
+    assert "- data: depth_scale 1000.0, holdout_every 5, min_valid 16, name folder" in text
+    assert f"path {pairs.root}" in text and f"the model {tmp_path / 'model'}, processed" in text
+
+
+def test_models_are_not_scored_as_if_they_were_metric():
+    config = eval_config.get_config()
+    config.eval.alignment = "none"
+    with pytest.raises(ValueError, match=r"none is for predictions in metres.*\['student'\]"):
+        evaluate.check(config)
+    config.models = {}
+    evaluate.check(config)
+
+
 def test_a_set_of_which_nothing_counts_is_no_success(pairs, tmp_path, capsys):
     config = eval_config.get_config()
     config.eval.min_depth, config.eval.max_depth = 1e6, 2e6
     with pytest.raises(ValueError, match="not one pixel of the ground truth counts"):
         evaluated(config, pairs, tmp_path / "none")
     assert "| constant" in capsys.readouterr().out
+    assert not list((tmp_path / "none").iterdir())  # nor does it replace one

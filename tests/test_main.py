@@ -12,7 +12,7 @@ import pytest
 from configs import common, quickstart, stage2
 from configs import eval as eval_config
 from configs.nano import train as nano
-from d3epth_jax import data, main
+from d3epth_jax import argument_types, data, main
 from d3epth_jax.config_arguments import in_a_sentence, wrong_keys
 from d3epth_jax.evaluation import evaluate
 from tests.conftest import write_pairs
@@ -140,6 +140,15 @@ def test_workdir_is_filled_in_everywhere(tmp_path):
     assert config.stage2.init == f"{tmp_path}/stage1/model"
     assert config.evaluation.models["student at start"] == f"{tmp_path}/stage1/model_start"
     assert "{workdir}" in quickstart.get_config("tiny").stage2.init  # a copy
+
+
+def test_the_home_folder_is_the_shells(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    config = quickstart.get_config("tiny")
+    config.stage1.teacher.path = "~/teacher"
+    filled = main.fill_in(config, tmp_path / "run")
+    assert filled.stage1.teacher.path == str(tmp_path / "teacher")
+    assert argument_types.a_path("~/maps") == tmp_path / "maps"
 
 
 def test_quickstart_runs_from_nothing_to_the_table(tmp_path, monkeypatch, capsys):

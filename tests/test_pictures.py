@@ -13,6 +13,7 @@ GREY = np.full((4, 6, 3), 90, np.uint8)
 
 def foreign(path):
     """A PNG that another program wrote."""
+    path.parent.mkdir(exist_ok=True)
     Image.fromarray(GREY).save(path)
     return path
 
@@ -63,8 +64,21 @@ def test_a_link_does_not_take_the_name_of_its_picture(tmp_path):
     assert found(tmp_path, tmp_path / "out") == ["cover.png"]
 
 
+def test_what_does_not_get_its_own_name_is_told(tmp_path, capsys):
+    for folder in ("a", "b"):
+        foreign(tmp_path / folder / "x.png")
+    failed = {}
+    pictures = find_pictures([tmp_path / "a", tmp_path / "b"], tmp_path / "out", failed)
+    names = [picture.file(".npy").name for picture in name_outputs(pictures, tmp_path / "out")]
+    assert names == ["x.npy", "x_png.npy"]
+    told = capsys.readouterr().err
+    assert told == f"d3epth: the results of {tmp_path}/b/x.png are {tmp_path}/out/x_png*\n"
+
+
 def test_what_is_no_png_of_ours_is_told_apart(tmp_path):
-    image.save_png(tmp_path / "ours.png", GREY)
+    image.save_png(tmp_path / "ours.png", GREY, about="disparity, near is large")
+    with Image.open(tmp_path / "ours.png") as picture:
+        assert picture.info["Description"] == "disparity, near is large"
     (tmp_path / "text.png").write_text("no picture")
     assert image.is_ours(tmp_path / "ours.png")
     for other in (foreign(tmp_path / "theirs.png"), tmp_path / "text.png", tmp_path / "absent.png"):

@@ -319,8 +319,9 @@ def test_odd_one_out_is_named(saved):
     images = [*scenes(2)["image"], scenes(1, height=40)["image"][0]]
     with pytest.raises(ValueError, match="number 2"):
         pipe(images)
-    with pytest.raises(ValueError, match="no picture"):
-        pipe([])
+    for nothing in ([], b"bytes of a file"):
+        with pytest.raises(ValueError, match="no picture"):
+            pipe(nothing)
     with pytest.raises(ValueError, match="number 0: a float picture must be"):
         pipe(images[0].astype(np.float32))
 
