@@ -27,7 +27,7 @@ def on_pairs(config: ConfigDict) -> ConfigDict:
     config.data.source = common.folder("DIR", split="train")
     config.eval.source = common.folder("DIR", split="validation")
     config.eval.num_images = 0
-    config.eval.processing_resolution = config.model.processing_resolution
+    config.eval.processing_resolution = -1  # the model's own
     config.data.crop = "stretch"  # as pictures of any shape are predicted by these models
     config.train.save_start = False
     return config

@@ -2,6 +2,7 @@
 
 import argparse
 import math
+import os
 import pathlib
 from collections.abc import Callable
 
@@ -13,7 +14,7 @@ def a_path(text: str) -> pathlib.Path:
     """
     if not text:
         raise argparse.ArgumentTypeError("an empty name; for the folder you are in say .")
-    return pathlib.Path(text).expanduser()
+    return pathlib.Path(os.path.expanduser(text))
 
 
 def in_range(kind: type, least: float, most: float = math.inf) -> Callable[[str], float]:

@@ -238,7 +238,7 @@ def _settings(args: argparse.Namespace) -> dict:
     known = _arguments(args.source)
     if "path" not in known:
         raise ValueError(f"{args.source} makes its samples: it has no folder {args.path} to read")
-    settings = dict(USUAL.get(args.source, {}))
+    settings = {}
     for text in args.set:
         key, equals, value = text.partition("=")
         if not equals:
@@ -266,6 +266,7 @@ def _open(args: argparse.Namespace, settings: dict, *, skip: bool = False):
     from d3epth_jax import data
     from d3epth_jax.data.sources.files import SourceError
 
+    settings = USUAL.get(args.source, {}) | settings
     try:
         return data.make_source(args.source, path=args.path, **settings), []
     except SourceError as error:

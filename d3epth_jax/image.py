@@ -320,7 +320,7 @@ def save_png(path, array: np.ndarray, about: str = "") -> None:
     texts = PngImagePlugin.PngInfo()
     texts.add_text("Software", SOFTWARE)
     if about:
-        texts.add_itxt("Description", about)
+        texts.add_itxt("Description", about.encode("utf-8", "replace").decode())
     with atomic.replacing(path) as partial:
         # Pillow 13: a mode with uint16 fails.
         Image.fromarray(array).save(partial, format="PNG", pnginfo=texts)

@@ -45,7 +45,7 @@ def main(argv: list[str]) -> None:
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(message)s", force=True)
     log.setLevel(logging.INFO)
     config = CONFIG.value
-    workdir = pathlib.Path(WORKDIR.value or config.workdir).expanduser()
+    workdir = pathlib.Path(os.path.expanduser(WORKDIR.value or config.workdir))
     sharding.use_cpu_cores(config.cpu_devices)
     use_compilation_cache()
     if DISTRIBUTED.value:

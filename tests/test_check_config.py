@@ -35,6 +35,7 @@ NONE = {f"loss.beta.{term}": 0.0 for term in nano.stage2().loss.beta}
         ({"schedule.schedule": "linear"}, "unknown schedule 'linear'"),
         ({"optim.moments": "float8"}, "unknown moments 'float8'|unknown optim.moments 'float8'"),
         ({"eval.protocol": "nyuu"}, "unknown protocol 'nyuu'"),
+        ({"eval.alignment": "none"}, "alignment=none is for predictions in metres"),
         ({"eval.crop": "nyu_eign"}, "unknown crop 'nyu_eign'"),
         ({"loss.preset": "e2e"}, "unknown loss.preset 'e2e'"),
         ({"loss.options.penalty": "l2"}, "unknown penalty 'l2'"),
@@ -102,7 +103,7 @@ def test_a_model_goes_on_in_its_space_or_learns_the_one_that_is_asked_for(tmp_pa
 def test_a_student_of_a_preset_predicts_what_its_teacher_does(tmp_path):
     config = quickstart.stage1(tiny=True)
     teacher = from_config.Start(small_model(prediction_type="disparity"), {"prompt": None})
-    config.model.prediction_type = None
+    config.model.update(prediction_type=None, unet="own")
     assert from_config.make_student(config, teacher).model.prediction_type == "disparity"
     nothing = from_config.Start()
     assert from_config.make_student(config, nothing).model.prediction_type == "depth"

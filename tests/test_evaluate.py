@@ -273,7 +273,7 @@ def test_results_say_of_what_they_are_and_what_they_replace(pairs, tmp_path, cap
 def test_models_are_not_scored_as_if_they_were_metric():
     config = eval_config.get_config()
     config.eval.alignment = "none"
-    with pytest.raises(ValueError, match=r"none is for predictions in metres.*\['student'\]"):
+    with pytest.raises(ValueError, match=r"none is for predictions in metres.*: student"):
         evaluate.check(config)
     config.models = {}
     evaluate.check(config)

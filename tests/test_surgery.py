@@ -123,6 +123,40 @@ def test_thinned_to_its_own_widths_a_unet_is_itself_and_none_gets_wider():
     for widths in ((16, 40), (16,)):
         with pytest.raises(ValueError, match="cannot be thinned"):
             surgery.thin(teacher, params, widths)
+    with pytest.raises(ValueError, match=r"\(16, 16\): one of them alone has down_blocks_1/resn"):
+        surgery.thin(teacher, params, (16, 16))  # which needs no shortcut
+
+
+def test_an_up_block_joins_the_levels_that_the_unet_gives_it():
+    """Level by level in channels that tell where they come from: 0.., 100.., 200.. ."""
+    teacher = small_model(small_unet((16, 32, 48), layers=2))
+    student, widths = dataclasses.replace(teacher.unet, block_out_channels=(8, 24, 40)), (8, 24, 40)
+    params = init_params(teacher, 0)
+    thinned = surgery.thin(teacher, params, widths)[1]["unet"]
+    kept = [np.arange(a) * b // a for a, b in zip(widths, (16, 32, 48), strict=True)]
+    own = flatten_dict(abstract_params(dataclasses.replace(teacher, unet=student))["unet"])
+    # (block, layer): levels of what comes from below, and of the skip, as diffusers builds them.
+    joined = {(0, 0): (2, 2), (0, 1): (2, 2), (0, 2): (2, 1), (1, 0): (2, 1), (1, 1): (1, 1)}
+    joined |= {(1, 2): (1, 0), (2, 0): (1, 0), (2, 1): (0, 0), (2, 2): (0, 0)}
+    for (block, layer), (below, skip) in joined.items():
+        where = f"up_blocks_{block}", f"resnets_{layer}"
+        index = [*kept[below], *(teacher.unet.block_out_channels[below] + kept[skip])]
+        assert own[*where, "conv1", "kernel"].shape[2] == len(index)
+        for name, axis in (("norm1", "scale"), ("conv1", "kernel")):
+            before = params["unet"][where[0]][where[1]][name][axis]
+            after = thinned[where[0]][where[1]][name][axis]
+            if name == "norm1":
+                np.testing.assert_array_equal(after, before[index])
+            else:
+                np.testing.assert_array_equal(after, before[:, :, index][..., kept[2 - block]])
+
+
+def test_where_channels_are_not_all_that_differs_nothing_is_thinned():
+    wide, narrow = small_unet((16, 32)), small_unet((8, 24))
+    assert from_config._is_narrower(narrow, wide)
+    for other in (wide, small_unet((8,)), small_unet((8, 40)), small_unet((16, 32, 48))):
+        assert not from_config._is_narrower(other, wide)
+    assert not from_config._is_narrower(dataclasses.replace(narrow, norm_num_groups=8), wide)
 
 
 def test_the_first_commands_student_starts_with_its_teachers_channels(caplog):

@@ -30,9 +30,10 @@ anew after every arm; interrupted, it goes on where it was.
    at stage 2's own learning rate, with the edge term, which it was trained with, or without.
    Gradients are not clipped, as in 1.
 
---config.teacher=DIR takes another teacher (in 4 that is a row of the table alone, in 5 it is the
-student that goes on). --config.seeds, --config.batch_size (a divisor of 256 if the cache is used),
---config.steps.full and so on set the size, --config.order="('full_ssi','full_dwa')" the arms.
+--config.teacher=DIR takes another teacher (in 4 that is a row of the table alone), --config.further
+another student to go on from in 5. --config.seeds, --config.batch_size (a divisor of 256 if the
+cache is used), --config.steps.full and so on set the size,
+--config.order="('full_ssi','full_dwa')" the arms.
 """
 
 from collections.abc import Callable
@@ -81,6 +82,7 @@ def get_config(argument: str | None = None) -> ConfigDict:
     steps = {"full": 400, "student": 800, "space": 800, "edges": 2400, "refined": 1000}
     config.steps = ConfigDict(dict.fromkeys(steps, 4) if tiny else steps)
     config.teacher = "nano-teacher"
+    config.further = "nano"  # of the arms of 5
     config.real = ""  # a folder of RGB-D pairs with an index
     size = nano.LARGER if word == "refined" else (nano.HEIGHT, nano.WIDTH)
     config.evaluations = ConfigDict(
@@ -90,8 +92,7 @@ def get_config(argument: str | None = None) -> ConfigDict:
         }
     )
     config.evaluations.real.eval.source.path = config.get_ref("real")
-    for each in config.evaluations.values():
-        each.eval.processing_resolution = -1  # the models' own
+    config.evaluations.real.eval.processing_resolution = -1  # the models' own
     # Read by the arms `online` and `cached`; a cache needs pictures that come again.
     config.files = nano.scenes(FILES, 32 if tiny else 4096)
     arms = full_arms(config, tiny) | student_arms(config, tiny) | single_arms(config, tiny)
@@ -109,7 +110,8 @@ def get_config(argument: str | None = None) -> ConfigDict:
         name, config.batch_size = SUITES[word]
         config.comparisons = edge_comparisons(name)
     if word == "refined":
-        config.teacher = "nano"  # what goes on, and so the table's row to compare with
+        config.teacher = config.get_oneway_ref("further")  # the table's row to compare with
+        config.evaluations.scenes.eval.processing_resolution = -1
     return config
 
 
@@ -188,7 +190,7 @@ def edge_arms(config: ConfigDict, tiny: bool) -> dict[str, ConfigDict]:
 def refined_arms(config: ConfigDict, tiny: bool) -> dict[str, ConfigDict]:
     def refined(edge: float, weighting: str) -> ConfigDict:
         job = train(config, nano.stage2(tiny), "refined")
-        job.init = config.get_ref("teacher")
+        job.init = config.get_ref("further")
         nano.resize(job, *nano.LARGER)  # the shipped student's size
         job.optim.clip = 0
         job.loss.beta.edge, job.weighting.name = edge, weighting

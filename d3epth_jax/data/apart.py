@@ -1,5 +1,6 @@
 """Whether a sample is both trained and evaluated on, under whatever name, and copied or not."""
 
+import os
 import pathlib
 
 from d3epth_jax.data import manifest
@@ -34,7 +35,8 @@ def origin(source) -> str | None:
 def _names_in_root(source) -> set[tuple[str, ...]]:
     """The samples by the folder that they come from, also where they were copied from it."""
     if isinstance(source, CachedLatents):
-        root = source.manifest["about"]["source"]  # as `origin` said
+        root = source.manifest["about"]["source"]  # as `origin` said: a folder, but of scenes
+        root = str(pathlib.Path(root).resolve()) if os.path.isabs(root) else root
     elif hasattr(source, "root"):
         root = str(source.root.resolve())
     else:

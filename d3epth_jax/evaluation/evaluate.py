@@ -4,6 +4,7 @@ import dataclasses
 import logging
 import math
 import pathlib
+from collections.abc import Sequence
 
 from d3epth_jax import data
 from d3epth_jax.evaluation import baselines
@@ -85,29 +86,29 @@ def too_small(settings, name: str, **least: float) -> list[str]:
     ]
 
 
-def wrong_settings(settings) -> list[str]:
-    """What is wrong with a group `eval`, a training's too."""
+def wrong_settings(settings, models: Sequence[str]) -> list[str]:
+    """What is wrong with a group `eval`, a training's too, where these models are evaluated."""
     problems = too_small(settings, "eval", num_images=0, num_pictures=0, batch_size=1)
     try:
         protocol_of(settings)
     except ValueError as error:
         problems.append(str(error))
+    if models and settings.get("alignment") == "none":
+        problems.append(
+            "eval.alignment=none is for predictions in metres, and models predict depth up to a"
+            f" scale and a shift: {', '.join(models)}"
+        )
     return problems
 
 
 def check(config) -> None:
     """Raises ValueError for what is wrong with the settings whatever the models are."""
-    problems = wrong_settings(config.eval)
+    models, predictions = wanted(config)
+    problems = wrong_settings(config.eval, sorted(models))
     if unknown := set(config.baselines) - set(BASELINES):
         problems.append(f"unknown baselines {sorted(unknown)}: choose from {list(BASELINES)}")
-    models, predictions = wanted(config)
     if both := sorted(models.keys() & predictions.keys()):
         problems.append(f"{both} are names of both models and predictions")
-    if models and config.eval.get("alignment") == "none":
-        problems.append(
-            f"eval.alignment=none is for predictions in metres, and models predict depth up to a"
-            f" scale and a shift: leave out {sorted(models)}"
-        )
     if config.shuffled and config.shuffled not in (*config.baselines, *models, *predictions):
         problems.append(
             f"shuffled={config.shuffled!r} is none of the baselines, models and predictions"

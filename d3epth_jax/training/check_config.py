@@ -68,7 +68,8 @@ def _check_choices(config) -> None:
         problems.append("no loss has a weight: set one of loss.beta")
     if config.train.profile[1] > 0 and config.train.profile[0] < 1:
         problems.append(f"train.profile={config.train.profile} begins before step 1, the first")
-    problems += wrong_settings(config.eval) + too_small(config.eval, "eval", every=1)
+    problems += wrong_settings(config.eval, ["what is trained"])
+    problems += too_small(config.eval, "eval", every=1)
     problems += too_small(config.schedule, "schedule", learning_rate=0)
     resolution, aspect = config.model.processing_resolution, config.model.processing_aspect
     if aspect is not None and not (aspect > 0 and resolution):

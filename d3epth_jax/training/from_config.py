@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import logging
+import operator
 import pathlib
 from collections.abc import Callable
 from typing import NamedTuple
@@ -14,7 +15,7 @@ from ml_collections import ConfigDict
 from d3epth_jax import losses, sharding, weighting
 from d3epth_jax.checkpoint import Checkpoints, abstract
 from d3epth_jax.models import presets
-from d3epth_jax.models.config import TinyAutoencoderConfig
+from d3epth_jax.models.config import TinyAutoencoderConfig, UNetConfig
 from d3epth_jax.models.depth_model import DepthModel, count_params, init_params
 from d3epth_jax.training import optim, runs, training_data
 from d3epth_jax.training.stages import latent, pixel
@@ -287,11 +288,10 @@ def _student_of_preset(config, teacher: Start) -> Start:
     if "unet" in parts:
         # In the form that is trained here, which is the student's.
         other, of_teacher = surgery.to_single_step(teacher.model, teacher.params)
-        widths, of_levels = unet.block_out_channels, other.unet.block_out_channels
-        if widths != of_levels[: len(widths)]:
-            log.info("UNet, evenly thinned: %s of the teacher's %s channels", widths, of_levels)
-            widths += of_levels[len(widths) :]  # of levels that a pruned student lacks
-            other, of_teacher = surgery.thin(other, of_teacher, widths)
+        if _is_narrower(unet, other.unet):
+            widths = unet.block_out_channels, other.unet.block_out_channels
+            log.info("UNet, evenly thinned: %s of the teacher's %s channels", *widths)
+            other, of_teacher = surgery.thin(other, of_teacher, widths[0])
         copied = surgery.copy_from_teacher(unet, other.unet, params["unet"], of_teacher["unet"])
         params["unet"] = copied.params
         log.info("UNet, from the teacher: %s", surgery.in_modules(copied.taken))
@@ -307,6 +307,13 @@ def _student_of_preset(config, teacher: Start) -> Start:
 def _reads_prompt_of(model: DepthModel, teacher: Start) -> bool:
     dims = [m.unet.cross_attention_dim for m in (model, teacher.model)]
     return model.needs_prompt and teacher.model.needs_prompt and dims[0] == dims[1]
+
+
+def _is_narrower(student: UNetConfig, teacher: UNetConfig) -> bool:
+    """Whether the student has fewer channels at some level, and is else like a thinned teacher."""
+    widths, of_teacher = student.block_out_channels, teacher.block_out_channels
+    alike = len(widths) == len(of_teacher) and student.norm_num_groups == teacher.norm_num_groups
+    return alike and widths != of_teacher and all(map(operator.le, widths, of_teacher))
 
 
 def _with_part(autoencoder, its, part: str):

@@ -1,7 +1,6 @@
 """Changes of shape or meaning that turn one model's weights into another's."""
 
 import dataclasses
-import itertools
 import operator
 import re
 from collections.abc import Iterable, Mapping
@@ -84,29 +83,52 @@ def thin(model: DepthModel, params: Params, widths: tuple[int, ...]) -> tuple[De
 
     Of every layer's channels those stay that are evenly spaced: a start that is far from the
     teacher, and much nearer to it than random weights are (Xu et al., "Initializing Models with
-    Larger Ones", ICLR 2024). Evenly spaced, they keep to their norm group and attention head.
-    ValueError for more channels than there are.
+    Larger Ones", ICLR 2024). They keep to their attention head and, but where an up block joins
+    what comes from below with a skip, to their norm group. ValueError for more channels than there
+    are, or for widths with which other layers need a shortcut.
     """
     before = model.unet.block_out_channels
     if len(widths) != len(before) or any(map(operator.gt, widths, before)):
         raise ValueError(f"widths {before} cannot be thinned to {widths}")
     unet = dataclasses.replace(model.unet, block_out_channels=widths)
     model = dataclasses.replace(model, unet=unet)
-    levels = set(zip(widths, before, strict=True))
+    whole, shapes = flatten_dict(params["unet"]), flatten_dict(abstract_params(model)["unet"])
+    if other := whole.keys() ^ shapes.keys():
+        raise ValueError(
+            f"widths {before} cannot be thinned to {widths}: one of them alone has"
+            f" {in_modules(sorted(other))}"
+        )
 
-    def kept(count: int, of: int) -> np.ndarray:
-        """Which channels stay: of an up block's input, what comes from below and what skips."""
-        for (a, of_a), (b, of_b) in itertools.product(levels, levels):
-            if of_a >= of_b and (a + b, of_a + of_b) == (count, of):
-                return np.concatenate([kept(a, of_a), of_a + kept(b, of_b)])
+    def evenly(count: int, of: int) -> np.ndarray:
         return np.arange(count) * of // count
 
-    thinned, shapes = flatten_dict(params["unet"]), flatten_dict(abstract_params(model)["unet"])
+    def kept(path: keys.Path, axis: int, count: int, of: int) -> np.ndarray:
+        reads = path[-2] == "norm1" or (path[-1] == "kernel" and axis == 2)
+        if not reads or not (joined := _joined_levels(path, unet)):
+            return evenly(count, of)
+        below, skip = (evenly(widths[level], before[level]) for level in joined)
+        return np.concatenate([below, before[joined[0]] + skip])
+
+    thinned = {}
     for path, shape in shapes.items():
-        for axis, count in enumerate(shape.shape):
-            index = kept(count, thinned[path].shape[axis])
-            thinned[path] = np.take(thinned[path], index, axis)
+        thinned[path] = np.asarray(whole[path])
+        for axis, (count, of) in enumerate(zip(shape.shape, whole[path].shape, strict=True)):
+            thinned[path] = np.take(thinned[path], kept(path, axis, count, of), axis)
     return model, {**params, "unet": unflatten_dict(thinned)}
+
+
+def _joined_levels(path: keys.Path, unet: UNetConfig) -> tuple[int, int] | None:
+    """The levels that the input of an up block's ResNet is of: from below, and the skip's."""
+    match = re.fullmatch(
+        r"up_blocks_(\d+)/resnets_(\d+)/(norm1|conv1|conv_shortcut)", "/".join(path[:-1])
+    )
+    if not match:
+        return None
+    block, layer, last = int(match[1]), int(match[2]), len(unet.block_out_channels) - 1
+    level = last - block
+    below = level if layer else min(level + 1, last)
+    skip = level if layer < unet.layers_per_block else max(level - 1, 0)
+    return below, skip
 
 
 class Copied(NamedTuple):
