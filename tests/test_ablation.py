@@ -286,3 +286,11 @@ def test_ablation_runs_from_nothing_to_the_tables_and_goes_on(
     run.arms.full_ssi.train.schedule.learning_rate *= 2
     with pytest.raises(ValueError, match=r"seed0/full_ssi holds a run with other settings"):
         main.run_job(run, workdir)
+
+
+def test_the_refined_arms_go_on_from_what_the_table_compares_them_with():
+    config = ablation_config.get_config("refined")
+    config.further = "another"
+    assert {config.teacher, *(config.arms[name].train.init for name in config.order)} == {"another"}
+    resolutions = {job.eval.processing_resolution for job in config.evaluations.values()}
+    assert resolutions == {-1}  # each at its own size
