@@ -11,6 +11,7 @@ from configs.nano import train as nano
 from d3epth_jax import cli, data, sharding
 from d3epth_jax.data import apart
 from d3epth_jax.data.sources.files import SourceError
+from d3epth_jax.data.sources.latents import CachedLatents
 from d3epth_jax.training import ablation, check_config, train, training_data
 from tests.conftest import write_pairs
 from tests.test_train import on_pairs
@@ -182,6 +183,12 @@ def test_built_scenes_are_told_apart_by_their_seed(tmp_path):
     apart.require_apart(built["one"], built["other"])
     with pytest.raises(ValueError, match="2 samples are both trained and evaluated on"):
         apart.require_apart(built["one"], built["again"])
+
+
+def test_a_cache_of_what_has_no_folder_shares_none():
+    source = object.__new__(CachedLatents)
+    source.manifest = {"about": {"source": None}}  # as `apart.origin` says of it
+    apart.require_apart(source, source)
 
 
 def test_two_indexes_below_one_folder_may_share_names(tmp_path):

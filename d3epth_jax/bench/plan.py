@@ -18,7 +18,7 @@ def problems_of(args: argparse.Namespace) -> list[str]:
     """Everything that is wrong with the arguments."""
     from d3epth_jax.models import presets
 
-    models, what, problems = models_of(args), args.what, []
+    models, what, problems = _models_of(args), args.what, []
     if not models:
         problems.append("name a MODEL, or --all")
     for model in models:
@@ -71,7 +71,7 @@ def plan(args: argparse.Namespace) -> list[dict]:
     """The measurements to make, of arguments without problems."""
     from d3epth_jax.models import presets
 
-    models, what = models_of(args), args.what
+    models, what = _models_of(args), args.what
     folds = {"yes": [True], "no": [False], "both": [True, False]}[args.fold]
     known = [model for model in models if model in presets.PRESETS]
     compared = models if args.compare else []
@@ -126,7 +126,7 @@ def plan(args: argparse.Namespace) -> list[dict]:
     ]
 
 
-def models_of(args: argparse.Namespace) -> list[str]:
+def _models_of(args: argparse.Namespace) -> list[str]:
     from d3epth_jax.models import presets
 
     return args.models or (list(presets.PRESETS) if args.all else [])

@@ -34,13 +34,12 @@ def origin(source) -> str | None:
 
 def _names_in_root(source) -> set[tuple[str, ...]]:
     """The samples by the folder that they come from, also where they were copied from it."""
-    if isinstance(source, CachedLatents):
-        root = source.manifest["about"]["source"]  # as `origin` said: a folder, but of scenes
-        root = str(pathlib.Path(root).resolve()) if os.path.isabs(root) else root
-    elif hasattr(source, "root"):
-        root = str(source.root.resolve())
-    else:
+    cached = isinstance(source, CachedLatents)
+    root = source.manifest["about"]["source"] if cached else getattr(source, "root", None)
+    if root is None:
         return set()
+    if not cached or os.path.isabs(root):  # of what was cached of built scenes `origin` is no path
+        root = str(pathlib.Path(root).resolve())
     built = _built_from(source)
     names = enumerate(map(source.name, range(len(source))))
     if not built:

@@ -13,7 +13,7 @@ from d3epth_jax.evaluation.scores import Predictor, batch_size_for, evaluate, na
 from d3epth_jax.metrics import EXPONENT
 from d3epth_jax.output import show
 from d3epth_jax.pipeline import DepthPipeline
-from d3epth_jax.weights.download import BUNDLED, may_be_read
+from d3epth_jax.weights.download import may_be_read, no_model
 
 log = logging.getLogger(__name__)
 
@@ -132,8 +132,7 @@ def wanted(config) -> tuple[dict, dict]:
 def require_models(config) -> None:
     """Raises FileNotFoundError with all model directories that are missing."""
     missing = [
-        f"models.{name}: {path} is no directory (train it first?), no hub id OWNER/NAME, and none"
-        f" of {sorted(BUNDLED)}, which come with the package"
+        f"models.{name}: {no_model(path)}: train it first, or name another"
         for name, path in wanted(config)[0].items()
         if not may_be_read(path)
     ]

@@ -49,10 +49,7 @@ def locate(
         if ours := bundled(name):
             return ours / (subfolder or "")
         if not is_hub_id(name):
-            raise FileNotFoundError(
-                f"{name} is no directory, no hub id OWNER/NAME, and none of {sorted(BUNDLED)},"
-                " which come with the package"
-            )
+            raise FileNotFoundError(no_model(name))
         options = {"cache_dir": cache_dir, "token": token, "local_files_only": local_files_only}
         directory = _download(name, revision, subfolder or "", variant, options)
     return directory / (subfolder or "")
@@ -65,6 +62,14 @@ def is_hub_id(name: str) -> bool:
 def may_be_read(name: str | os.PathLike) -> bool:
     """Whether `locate` could find it: a directory, a bundled model, or a name for the hub."""
     return pathlib.Path(name).is_dir() or bundled(name) is not None or is_hub_id(str(name))
+
+
+def no_model(name: str) -> str:
+    """What a name is not that cannot be read."""
+    return (
+        f"{name} is no directory, no hub id OWNER/NAME, and none of {sorted(BUNDLED)}, which come"
+        " with the package"
+    )
 
 
 def commit(directory: pathlib.Path) -> str:
