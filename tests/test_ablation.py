@@ -113,7 +113,7 @@ def test_equal_macs_mean_as_many_steps_as_the_whole_chain_pays_for():
 def test_config_holds_together(word):
     config = ablation_config.get_config(word)
     ablation.check(config)
-    edges = {"scratch_ssi", "scratch_static", "scratch_dwa"}
+    edges = {"trunk", "scratch_ssi", "scratch_static", "scratch_dwa"}
     refined = {"refined_ssi", "refined_static", "refined_dwa"}
     suites = {"edges": edges, "refined": refined}
     assert set(config.order) == suites.get(word, set(config.arms) - edges - refined)
@@ -152,8 +152,7 @@ def test_settings_that_make_no_sense_are_told_at_once():
     config.order = ()
     with pytest.raises(ValueError, match="no arm to run"):
         ablation.check(config)
-    config.order = ("both", "nobody", "stage2_macs", "stage1_half", "frozen_decoder")
-    config.arms.stage1_half.seeds, config.arms.frozen_decoder.seeds = 1, 0
+    config.order = ("both", "nobody", "stage2_macs", "stage1_half")
     config.seeds = (1, 1, 2)
     config.arms.both.train.schedule.schedule = "linear"
     with pytest.raises(ValueError) as raised:
@@ -162,7 +161,6 @@ def test_settings_that_make_no_sense_are_told_at_once():
         "seeds: ",
         "['nobody']",
         "'stage1_half' before it",
-        "arms.frozen_decoder has seeds that 'stage1_half' lacks",
         "arms.both: unknown schedule",
     ):
         assert words in str(raised.value)
@@ -172,6 +170,8 @@ def test_settings_that_make_no_sense_are_told_at_once():
 def test_arms_of_the_losses_differ_in_these_alone(begun):
     arms = ablation_config.get_config().arms
     ssi, static, dwa = (arms[f"{begun}_{name}"].train for name in ("ssi", "static", "dwa"))
+    afters = {arms[f"{begun}_{name}"].after for name in ("ssi", "static", "dwa")}
+    assert afters == {"trunk" if begun == "scratch" else ""}
     assert bool(ssi.init) == (begun != "scratch")
     assert (ssi.loss.beta.edge, static.loss.beta.edge, dwa.loss.beta.edge) == (0, 0.5, 0.5)
     assert (static.weighting.name, dwa.weighting.name) == ("static", "dwa")
@@ -236,6 +236,7 @@ def test_ablation_runs_from_nothing_to_the_tables_and_goes_on(
     config.order = ("full_ssi", "stage1_half", "both", "stage1_macs", *["cached"] * cached)
     for name in config.order[1:]:
         config.arms[name].seeds = 1
+    config.arms.both.seeds = 2  # the second goes on from the first's
     workdir = tmp_path / "out"
     run = main.fill_in(config, workdir)
     main.check_jobs({"": run})
@@ -256,7 +257,7 @@ def test_ablation_runs_from_nothing_to_the_tables_and_goes_on(
     assert list(content["reference"]) == [*trivial, "teacher"]
     assert list(content["arms"]) == list(config.order)
     arms = content["arms"]
-    assert [len(arm["scores"]["real"]) for arm in arms.values()] == [2, 1, 1, 1, *[1] * cached]
+    assert [len(arm["scores"]["real"]) for arm in arms.values()] == [2, 1, 2, 1, *[1] * cached]
     written = json.loads((workdir / "seed1/full_ssi/scenes/evaluation.json").read_text())
     score = written["mean"]["model"]["abs_rel"]
     assert arms["full_ssi"]["scores"]["abs_rel"]["1"] == score
@@ -267,11 +268,12 @@ def test_ablation_runs_from_nothing_to_the_tables_and_goes_on(
     compared = {(pair["arm"], pair["against"]) for pair in content["comparisons"]}
     assert compared == {("both", "stage1_macs")}  # of what was run
     # Seeds are apart in scenes; what goes on from an arm sees new scenes.
-    ran = [(0, "full_ssi"), (1, "full_ssi"), (0, "both")]
+    ran = [(0, "full_ssi"), (1, "full_ssi"), (0, "both"), (1, "both")]
     configs = [json.loads((workdir / f"seed{s}/{n}/config.json").read_text()) for s, n in ran]
-    assert [c["seed"] for c in configs] == [0, 1, 0]
-    assert [c["data"]["source"]["seed"] for c in configs] == [10_001, 20_001, 12_501]
-    assert configs[2]["init"] == str(workdir / "seed0/stage1_half/model")
+    assert [c["seed"] for c in configs] == [0, 1, 0, 1]
+    assert [c["data"]["source"]["seed"] for c in configs] == [10_001, 20_001, 12_501, 22_501]
+    for config in configs[2:]:
+        assert config["init"] == str(workdir / "seed0/stage1_half/model")
     table = (workdir / "ablation.md").read_text()
     assert "| D^3, both stages " in table and "AbsRel, real" in table
     compared = table.strip().rsplit("\n\n", 1)[-1]

@@ -1,7 +1,7 @@
 """The ablation: what the pixel losses, the two stages and single choices do (METHOD 5, 7, 8).
 
     python -m d3epth_jax.main --config=configs/nano/ablation.py       # hours on 2 CPU cores
-    python -m d3epth_jax.main --config=configs/nano/ablation.py:edges # 4 below: on a GPU
+    python -m d3epth_jax.main --config=configs/nano/ablation.py:edges # 4 below: about 3 hours
     python -m d3epth_jax.main --config=configs/nano/ablation.py:refined # 5 below: about 2 hours
     python -m d3epth_jax.main --config=configs/nano/ablation.py:tiny  # does it run at all?
 
@@ -23,9 +23,11 @@ anew after every arm; interrupted, it goes on where it was.
 3. Single choices, of the first seed alone: nothing is claimed of them. The target's space is
    compared from scratch, with the SSI loss and the range and sign that scratch needs beside it;
    each is fitted in its own space, which by itself favours disparity's root.
-4. Whether the edge term sharpens boundaries, from scratch: the teacher of 1 had it already. Each of
-   the nine trainings sees as many scenes as it took the shipped teacher's F1 to rise. 2.4 scenes a
-   millisecond on an H200 make that 10 minutes, and compilation; two cores, half a day.
+4. Whether the edge term sharpens boundaries of a model that never had it: the teacher of 1 had it
+   already. One training from random weights, without the term and at a constant learning rate,
+   sees as many scenes as it took the shipped teacher's F1 to rise. From there the learning rate
+   decays with each of the losses. Nine trainings of all those scenes would be half a day on two
+   cores; so the seeds share the first part. Gradients of the second are not clipped, as in 1.
 5. The same asked of what sees outlines already: the student that comes with the package goes on,
    at stage 2's own learning rate, with the edge term, which it was trained with, or without.
    Gradients are not clipped, as in 1.
@@ -67,7 +69,7 @@ COMPARISONS = (  # (arm, the one that it is held against)
     ("depth", "sqrt_disparity"),
     ("frozen_decoder", "both"),
 )
-SUITES = {"edges": ("scratch", 64), "refined": ("refined", 16)}  # word: (its arms, batch size)
+SUITES = {"edges": "scratch", "refined": "refined"}  # word: what its compared arms are called
 
 
 def get_config(argument: str | None = None) -> ConfigDict:
@@ -79,7 +81,8 @@ def get_config(argument: str | None = None) -> ConfigDict:
     config.cpu_devices = 2
     config.seeds = (0, 1) if tiny else (0, 1, 2)
     config.batch_size = 8
-    steps = {"full": 400, "student": 800, "space": 800, "edges": 2400, "refined": 1000}
+    steps = {"full": 400, "student": 800, "space": 800}
+    steps |= {"trunk": 9000, "edges": 1000, "refined": 1000}
     config.steps = ConfigDict(dict.fromkeys(steps, 4) if tiny else steps)
     config.teacher = "nano-teacher"
     config.further = "nano"  # of the arms of 5
@@ -107,8 +110,8 @@ def get_config(argument: str | None = None) -> ConfigDict:
     config.order, config.comparisons = tuple(arms), COMPARISONS
     if word in SUITES:
         config.order = tuple(suites[word])
-        name, config.batch_size = SUITES[word]
-        config.comparisons = edge_comparisons(name)
+        config.batch_size = 16
+        config.comparisons = edge_comparisons(SUITES[word])
     if word == "refined":
         config.teacher = config.get_oneway_ref("further")  # the table's row to compare with
         config.evaluations.scenes.eval.processing_resolution = -1
@@ -120,8 +123,9 @@ def arm(
 ) -> ConfigDict:
     """A training and its place among the others.
 
-    after: the arm whose model it starts from; macs_of: train for as many steps as cost what that
-    arm does, with all before it; seeds: only so many of the seeds, 0 all.
+    after: the arm whose model it starts from, of the same seed or, where that has not all seeds,
+    of the first; macs_of: train for as many steps as cost what that arm does, with all before it;
+    seeds: only so many of the seeds, 0 all.
     """
     return ConfigDict(
         {"title": title, "train": train, "after": after, "macs_of": macs_of, "seeds": seeds}
@@ -179,12 +183,19 @@ def from_scratch(
 
 
 def edge_arms(config: ConfigDict, tiny: bool) -> dict[str, ConfigDict]:
-    def scratch(edge: float, weighting: str) -> ConfigDict:
+    trunk = from_scratch(config, tiny, "trunk", 0.0, "static")
+    trunk.schedule.update(schedule="constant", warmup_steps=nano.teacher().schedule.warmup_steps)
+
+    def decayed(edge: float, weighting: str) -> ConfigDict:
         job = from_scratch(config, tiny, "edges", edge, weighting)
-        job.schedule.warmup_steps = nano.teacher().schedule.warmup_steps
+        job.data.source.seed += AFTER
+        job.optim.clip = 0
+        job.weighting.dwa.window = WINDOW
         return job
 
-    return by_losses("scratch", "D^2 from scratch", scratch)
+    title = "D^2 from scratch, SSI"
+    arms = by_losses("scratch", f"{title}; then", decayed, after="trunk")
+    return {"trunk": arm(title, trunk, seeds=1)} | arms
 
 
 def refined_arms(config: ConfigDict, tiny: bool) -> dict[str, ConfigDict]:
@@ -197,16 +208,18 @@ def refined_arms(config: ConfigDict, tiny: bool) -> dict[str, ConfigDict]:
         job.weighting.dwa.window = WINDOW
         return job
 
-    return by_losses("refined", "D^3 further", refined)
+    return by_losses("refined", "D^3 further,", refined)
 
 
-def by_losses(name: str, title: str, make: Callable[[float, str], ConfigDict]) -> dict:
+def by_losses(
+    name: str, title: str, make: Callable[[float, str], ConfigDict], *, after: str = ""
+) -> dict[str, ConfigDict]:
     """Three arms of `make`(the edge term's weight, the weighting), for `edge_comparisons`."""
     edge = nano.teacher().loss.beta.edge
     return {
-        f"{name}_ssi": arm(f"{title}, SSI", make(0.0, "static")),
-        f"{name}_static": arm(f"{title}, SSI + edge", make(edge, "static")),
-        f"{name}_dwa": arm(f"{title}, SSI + edge, DWA", make(edge, "dwa")),
+        f"{name}_ssi": arm(f"{title} SSI", make(0.0, "static"), after=after),
+        f"{name}_static": arm(f"{title} SSI + edge", make(edge, "static"), after=after),
+        f"{name}_dwa": arm(f"{title} SSI + edge, DWA", make(edge, "dwa"), after=after),
     }
 
 

@@ -42,8 +42,8 @@ NOTES = (
     "Differences are paired by seed: their mean ± its standard error (deviation / sqrt(n)), and"
     " what is claimed: better or worse only beyond two standard errors, nothing of one seed."
     " With three seeds chance alone passes that bar in 18 of 100 comparisons: **bold** is what also"
-    " passes Student's t at 5 %. Seeds share the teacher and the pictures: what another of these"
-    " would change is not in it.",
+    " passes Student's t at 5 %. Seeds share the teacher, the pictures and what an arm of one seed"
+    " made for those that go on from it: what another of these would change is not in it.",
 )
 
 
