@@ -109,16 +109,17 @@ def test_equal_macs_mean_as_many_steps_as_the_whole_chain_pays_for():
     assert ablation.steps_of(arms, costs, "stage2_macs") == 67
 
 
-@pytest.mark.parametrize("word", [None, "tiny", *ablation_config.SUITES])
+SUITES = ("edges", "refined")
+
+
+@pytest.mark.parametrize("word", [None, "tiny", *SUITES])
 def test_config_holds_together(word):
     config = ablation_config.get_config(word)
     ablation.check(config)
-    edges = {"trunk", "scratch_ssi", "scratch_static", "scratch_dwa"}
-    refined = {"refined_ssi", "refined_static", "refined_dwa"}
-    suites = {"edges": edges, "refined": refined}
-    assert set(config.order) == suites.get(word, set(config.arms) - edges - refined)
+    assert set(config.order) == set(config.arms)
     assert {name for pair in config.comparisons for name in pair} <= set(config.order)
-    seeds = {config.evaluations.scenes.eval.source.seed, config.arms.both.train.eval.source.seed}
+    seeds = {config.evaluations.scenes.eval.source.seed}
+    seeds |= {arm.train.eval.source.seed for arm in config.arms.values()}
     trained = {
         arm.train.data.source.seed + ablation.SEEDS_APART * (seed + 1)
         for arm in config.arms.values()
@@ -147,6 +148,28 @@ def test_flags_reach_every_arm():
     assert config.arms.scratch.train.autoencoder.path == ""
 
 
+def test_what_needs_an_arm_that_failed_is_left_out(tmp_path, monkeypatch):
+    """Of one seed "half" fails, the only one of which "both" is trained: no seed of "more" runs."""
+    config = ablation_config.get_config("tiny")
+    config.order = ("stage1_half", "both", "frozen_decoder", "stage1_macs", "stage1")
+    config.arms.both.seeds = 1
+    config.arms.frozen_decoder.update(seeds=0, after="both")
+    config.arms.stage1_macs.seeds = 0
+    ran = []
+
+    def run_arm(config, workdir, name, seed):
+        if (name, seed) == ("stage1_half", 0):
+            raise train.TrainingError("diverged")
+        ran.append((name, seed))
+
+    monkeypatch.setattr(ablation, "run_arm", run_arm)
+    monkeypatch.setattr(ablation, "evaluate_once", lambda *_, **__: None)
+    monkeypatch.setattr(ablation_report, "write", lambda *_: None)
+    with pytest.raises(train.TrainingError, match=r"(?s)failed.*stage1_half, seed 0: diverged$"):
+        ablation.run(config, tmp_path)
+    assert ran == [("stage1", 0), ("stage1_half", 1), ("stage1", 1)]
+
+
 def test_settings_that_make_no_sense_are_told_at_once():
     config = ablation_config.get_config("tiny")
     config.order = ()
@@ -166,26 +189,32 @@ def test_settings_that_make_no_sense_are_told_at_once():
         assert words in str(raised.value)
 
 
-@pytest.mark.parametrize("begun", ["full", "scratch", "refined"])
-def test_arms_of_the_losses_differ_in_these_alone(begun):
-    arms = ablation_config.get_config().arms
-    ssi, static, dwa = (arms[f"{begun}_{name}"].train for name in ("ssi", "static", "dwa"))
-    afters = {arms[f"{begun}_{name}"].after for name in ("ssi", "static", "dwa")}
-    assert afters == {"trunk" if begun == "scratch" else ""}
-    assert bool(ssi.init) == (begun != "scratch")
-    assert (ssi.loss.beta.edge, static.loss.beta.edge, dwa.loss.beta.edge) == (0, 0.5, 0.5)
-    assert (static.weighting.name, dwa.weighting.name) == ("static", "dwa")
-    for job in (static, dwa):  # everything else is the same
-        job.loss.beta.edge, job.weighting.name = ssi.loss.beta.edge, ssi.weighting.name
-        assert job.to_json_best_effort() == ssi.to_json_best_effort()
+@pytest.mark.parametrize("suite", ["full", *SUITES])
+def test_arms_of_the_losses_differ_in_these_alone(suite):
+    arms = ablation_config.get_config(suite if suite in SUITES else None).arms
+    jobs = {
+        name.removeprefix(f"{suite}_"): arm.train.copy_and_resolve_references()
+        for name, arm in arms.items()
+        if name.startswith(f"{suite}_")
+    }
+    edge = {word: job.loss.beta.edge for word, job in jobs.items()}
+    assert edge == {word: 0.0 if word.startswith("ssi") else 0.5 for word in jobs}
+    moves = {word for word, job in jobs.items() if job.weighting.name == "dwa"}
+    still = {word for word in moves if jobs[word].weighting.dwa.ratio_clip == (1, 1)}
+    assert (moves, still) == (set(jobs) - {"ssi", "static"}, {w for w in jobs if "normal" in w})
+    for job in jobs.values():  # everything else is the same
+        job.loss.beta.edge, job.weighting = 0.0, None
+    assert len({job.to_json_best_effort() for job in jobs.values()}) == 1
 
 
-def test_the_normalised_arm_is_dwa_that_never_moves():
-    arms = ablation_config.get_config().arms
-    normalized, dwa = (arms[f"full_{name}"].train for name in ("normalized", "dwa"))
-    assert normalized.weighting.dwa.ratio_clip == (1, 1) != dwa.weighting.dwa.ratio_clip
-    normalized.weighting.dwa.ratio_clip = dwa.weighting.dwa.ratio_clip
-    assert normalized.to_json_best_effort() == dwa.to_json_best_effort()
+def test_the_edge_term_is_new_to_what_its_arms_go_on_from():
+    arms = ablation_config.get_config("edges").arms
+    trunk = arms.trunk.train
+    assert not (trunk.loss.beta.edge or trunk.init)
+    assert trunk.schedule.schedule == "constant"
+    others = [arm for name, arm in arms.items() if name != "trunk"]
+    assert {arm.after for arm in others} == {"trunk"}
+    assert trunk.data.source.seed not in {arm.train.data.source.seed for arm in others}
 
 
 def test_arms_differ_in_what_they_are_about():

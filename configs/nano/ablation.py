@@ -23,11 +23,13 @@ anew after every arm; interrupted, it goes on where it was.
 3. Single choices, of the first seed alone: nothing is claimed of them. The target's space is
    compared from scratch, with the SSI loss and the range and sign that scratch needs beside it;
    each is fitted in its own space, which by itself favours disparity's root.
-4. Whether the edge term sharpens boundaries of a model that never had it: the teacher of 1 had it
-   already. One training from random weights, without the term and at a constant learning rate,
-   sees as many scenes as it took the shipped teacher's F1 to rise. From there the learning rate
-   decays with each of the losses. Nine trainings of all those scenes would be half a day on two
-   cores; so the seeds share the first part. Gradients of the second are not clipped, as in 1.
+4. What the edge term does where it is new: the teacher of 1 had it already. One training from
+   random weights ("trunk"), with the SSI loss and without the edge term, sees 144,000 scenes at a
+   constant learning rate. From its averaged weights every arm trains anew, warm-up included, while
+   the learning rate decays. Nine trainings with and without the term throughout would be half a
+   day on two cores; so the seeds, of the arms' scenes, share the trunk. As in 1 gradients are not
+   clipped and two arms tell DWA's division from its moving weights: the `range` loss, which
+   training from scratch needs, is not divided and so loses weight beside the others.
 5. The same asked of what sees outlines already: the student that comes with the package goes on,
    at stage 2's own learning rate, with the edge term, which it was trained with, or without.
    Gradients are not clipped, as in 1.
@@ -38,7 +40,7 @@ cache is used), --config.steps.full and so on set the size,
 --config.order="('full_ssi','full_dwa')" the arms.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from ml_collections import ConfigDict
 
@@ -69,11 +71,28 @@ COMPARISONS = (  # (arm, the one that it is held against)
     ("depth", "sqrt_disparity"),
     ("frozen_decoder", "both"),
 )
-SUITES = {"edges": "scratch", "refined": "refined"}  # word: what its compared arms are called
+EDGES = (
+    ("edges_static", "edges_ssi"),
+    ("edges_normalized", "edges_ssi_normalized"),
+    ("edges_dwa", "edges_normalized"),
+    ("edges_dwa", "edges_ssi"),
+)
+REFINED = (
+    ("refined_static", "refined_ssi"),
+    ("refined_dwa", "refined_ssi"),
+    ("refined_dwa", "refined_static"),
+)
+LOSSES = {  # word: (title, with the edge term, weighting)
+    "ssi": ("SSI", False, "static"),
+    "static": ("SSI + edge", True, "static"),
+    "ssi_normalized": ("SSI, normalised", False, "normalized"),
+    "normalized": ("SSI + edge, normalised", True, "normalized"),
+    "dwa": ("SSI + edge, DWA", True, "dwa"),
+}
 
 
 def get_config(argument: str | None = None) -> ConfigDict:
-    word = common.word(argument, "tiny", *SUITES)
+    word = common.word(argument, "tiny", "edges", "refined")
     tiny = word == "tiny"
     config = ConfigDict()
     config.job = "ablation"
@@ -98,20 +117,20 @@ def get_config(argument: str | None = None) -> ConfigDict:
     config.evaluations.real.eval.processing_resolution = -1  # the models' own
     # Read by the arms `online` and `cached`; a cache needs pictures that come again.
     config.files = nano.scenes(FILES, 32 if tiny else 4096)
-    arms = full_arms(config, tiny) | student_arms(config, tiny) | single_arms(config, tiny)
+    first = full_arms(config, tiny) | student_arms(config, tiny) | single_arms(config, tiny)
     config.cache = cache.get_config()
-    config.cache.teacher = arms["cached"].train.teacher.copy_and_resolve_references()
+    config.cache.teacher = first["cached"].train.teacher.copy_and_resolve_references()
     config.cache.teacher.update(path=config.get_ref("teacher"), cache="")
-    config.cache.data = arms["cached"].train.data
+    config.cache.data = first["cached"].train.data
     config.cache.cache.target = False  # as the loss of nano.stage1
-    suites = {"edges": edge_arms(config, tiny), "refined": refined_arms(config, tiny)}
-    config.arms = ConfigDict(arms | suites["edges"] | suites["refined"])
-    # Of running, and of the table's rows; what is left out is not run.
-    config.order, config.comparisons = tuple(arms), COMPARISONS
-    if word in SUITES:
-        config.order = tuple(suites[word])
+    suites = {
+        "edges": (edge_arms(config, tiny), EDGES),
+        "refined": (refined_arms(config, tiny), REFINED),
+    }
+    arms, config.comparisons = suites.get(word, (first, COMPARISONS))
+    config.arms, config.order = ConfigDict(arms), tuple(arms)  # what `order` leaves out is not run
+    if word in suites:
         config.batch_size = 16
-        config.comparisons = edge_comparisons(SUITES[word])
     if word == "refined":
         config.teacher = config.get_oneway_ref("further")  # the table's row to compare with
         config.evaluations.scenes.eval.processing_resolution = -1
@@ -150,82 +169,66 @@ def evaluation(source: ConfigDict) -> ConfigDict:
     return common.evaluation_job(common.evaluation(source), {"model": ""})
 
 
+def by_losses(
+    suite: str, title: str, make: Callable[[], ConfigDict], losses: Sequence[str], after: str = ""
+) -> dict[str, ConfigDict]:
+    """An arm for each of these `LOSSES`, which differ in nothing else."""
+    arms = {}
+    for word in losses:
+        name, edge, weighting = LOSSES[word]
+        job = make()
+        job.loss.beta.edge = nano.teacher().loss.beta.edge if edge else 0.0
+        job.weighting.name = "static" if weighting == "static" else "dwa"
+        job.weighting.dwa.window = WINDOW
+        if weighting == "normalized":
+            job.weighting.dwa.ratio_clip = (1.0, 1.0)
+        arms[f"{suite}_{word}"] = arm(f"{title} {name}", job, after=after)
+    return arms
+
+
 def full_arms(config: ConfigDict, tiny: bool) -> dict[str, ConfigDict]:
-    def further(edge: float, weighting: str) -> ConfigDict:
+    def further() -> ConfigDict:
         job = train(config, nano.teacher(tiny), "full")
         job.init = config.get_ref("teacher")
         job.schedule.learning_rate = 3e-5  # it is trained already: more undoes what it knows
         job.optim.clip = 0
-        job.loss.beta.update(edge=edge, range=0.0)
+        job.loss.beta.range = 0.0
         job.loss.options.upright = False
-        job.weighting.name = weighting
-        job.weighting.dwa.window = WINDOW
         return job
 
-    edge = nano.teacher().loss.beta.edge
-    normalized = further(edge, "dwa")
-    normalized.weighting.dwa.ratio_clip = (1.0, 1.0)
-    return {
-        "full_ssi": arm("D^2, SSI", further(0.0, "static")),
-        "full_static": arm("D^2, SSI + edge", further(edge, "static")),
-        "full_normalized": arm("D^2, SSI + edge, normalised", normalized),
-        "full_dwa": arm("D^2, SSI + edge, DWA", further(edge, "dwa")),
-    }
+    return by_losses("full", "D^2,", further, ("ssi", "static", "normalized", "dwa"))
 
 
-def from_scratch(
-    config: ConfigDict, tiny: bool, steps: str, edge: float, weighting: str
-) -> ConfigDict:
-    """The full model's training, with these pixel losses."""
+def from_scratch(config: ConfigDict, tiny: bool, steps: str) -> ConfigDict:
+    """The full model's training, with the SSI loss alone of those of METHOD 5."""
     job = train(config, nano.teacher(tiny), steps)
-    job.loss.beta.edge, job.weighting.name = edge, weighting
+    job.loss.beta.edge, job.weighting.name = 0.0, "static"
     return job
 
 
 def edge_arms(config: ConfigDict, tiny: bool) -> dict[str, ConfigDict]:
-    trunk = from_scratch(config, tiny, "trunk", 0.0, "static")
+    trunk = from_scratch(config, tiny, "trunk")
     trunk.schedule.update(schedule="constant", warmup_steps=nano.teacher().schedule.warmup_steps)
 
-    def decayed(edge: float, weighting: str) -> ConfigDict:
-        job = from_scratch(config, tiny, "edges", edge, weighting)
+    def decayed() -> ConfigDict:
+        job = from_scratch(config, tiny, "edges")
         job.data.source.seed += AFTER
         job.optim.clip = 0
-        job.weighting.dwa.window = WINDOW
         return job
 
-    title = "D^2 from scratch, SSI"
-    arms = by_losses("scratch", f"{title}; then", decayed, after="trunk")
-    return {"trunk": arm(title, trunk, seeds=1)} | arms
+    arms = by_losses("edges", "D^2, trunk, then", decayed, tuple(LOSSES), after="trunk")
+    return {"trunk": arm("D^2, trunk: SSI, from random weights", trunk, seeds=1)} | arms
 
 
 def refined_arms(config: ConfigDict, tiny: bool) -> dict[str, ConfigDict]:
-    def refined(edge: float, weighting: str) -> ConfigDict:
+    def refined() -> ConfigDict:
         job = train(config, nano.stage2(tiny), "refined")
         job.init = config.get_ref("further")
         nano.resize(job, *nano.LARGER)  # the shipped student's size
         job.optim.clip = 0
-        job.loss.beta.edge, job.weighting.name = edge, weighting
-        job.weighting.dwa.window = WINDOW
         return job
 
-    return by_losses("refined", "D^3 further,", refined)
-
-
-def by_losses(
-    name: str, title: str, make: Callable[[float, str], ConfigDict], *, after: str = ""
-) -> dict[str, ConfigDict]:
-    """Three arms of `make`(the edge term's weight, the weighting), for `edge_comparisons`."""
-    edge = nano.teacher().loss.beta.edge
-    return {
-        f"{name}_ssi": arm(f"{title} SSI", make(0.0, "static"), after=after),
-        f"{name}_static": arm(f"{title} SSI + edge", make(edge, "static"), after=after),
-        f"{name}_dwa": arm(f"{title} SSI + edge, DWA", make(edge, "dwa"), after=after),
-    }
-
-
-def edge_comparisons(name: str) -> tuple[tuple[str, str], ...]:
-    pairs = ("static", "ssi"), ("dwa", "ssi"), ("dwa", "static")
-    return tuple((f"{name}_{one}", f"{name}_{other}") for one, other in pairs)
+    return by_losses("refined", "D^3 further,", refined, ("ssi", "static", "dwa"))
 
 
 def stage2_alone(config: ConfigDict, tiny: bool, *, scratch: bool = False) -> ConfigDict:
@@ -281,7 +284,7 @@ def single_arms(config: ConfigDict, tiny: bool) -> dict[str, ConfigDict]:
         return job
 
     def space(prediction_type: str) -> ConfigDict:
-        job = from_scratch(config, tiny, "space", 0.0, "static")
+        job = from_scratch(config, tiny, "space")
         job.model.prediction_type = prediction_type
         return job
 

@@ -51,10 +51,9 @@ def run(config, workdir: pathlib.Path) -> None:
     failed = {}
     for seed in config.seeds:
         for name in config.order:
-            needed = chain(config.arms, config.arms[name].macs_of or name)
             if seed not in seeds_of(config, name):
                 continue
-            if any((seed_of(config, each, seed), each) in failed for each in needed):
+            if any(each in failed for each in needed(config, name, seed)):
                 continue
             try:
                 run_arm(config, workdir, name, seed)
@@ -126,8 +125,15 @@ def seeds_of(config, name: str) -> tuple[int, ...]:
 
 
 def seed_of(config, name: str, seed: int) -> int:
-    """The seed of an arm that others of `seed` go on from: the first where it lacks that one."""
+    """The seed whose model of an arm those of `seed` start from: the first, if it lacks theirs."""
     return seed if seed in seeds_of(config, name) else config.seeds[0]
+
+
+def needed(config, name: str, seed: int) -> list[tuple[int, str]]:
+    """The (seed, arm) that an arm goes on from or takes its steps from, and all behind these."""
+    arm = config.arms[name]
+    others = [(seed_of(config, other, seed), other) for other in (arm.after, arm.macs_of) if other]
+    return others + [each for seed, other in others for each in needed(config, other, seed)]
 
 
 def run_arm(config, workdir: pathlib.Path, name: str, seed: int) -> None:

@@ -11,6 +11,7 @@ import statistics
 from collections.abc import Iterable, Mapping, Sequence
 
 from PIL import Image, ImageDraw, ImageFont
+from scipy import special
 
 from d3epth_jax import atomic
 from d3epth_jax import image as image_lib
@@ -32,8 +33,6 @@ MEASURES = {
     "boundary_f1": Measure("F1", 4, 1),
     "real": Measure("AbsRel, real", 4, -1),
 }
-# Student's t beyond which lie 5 % of n values, both sides together; below 2.3 for more.
-STUDENT = {2: 12.71, 3: 4.31, 4: 3.19, 5: 2.78, 6: 2.58, 7: 2.45, 8: 2.37}
 NOTES = (
     "Mean ± standard deviation over seeds. Steps and MACs: of the arm's training with all that it"
     " goes on from; what the teacher computes in it counts, the teacher's own training does not."
@@ -42,8 +41,8 @@ NOTES = (
     "Differences are paired by seed: their mean ± its standard error (deviation / sqrt(n)), and"
     " what is claimed: better or worse only beyond two standard errors, nothing of one seed."
     " With three seeds chance alone passes that bar in 18 of 100 comparisons: **bold** is what also"
-    " passes Student's t at 5 %. Seeds share the teacher, the pictures and what an arm of one seed"
-    " made for those that go on from it: what another of these would change is not in it.",
+    " passes Student's t at 5 %. All seeds share the teacher, the pictures and any arm of one seed"
+    " that others go on from: what another of these would change is not in it.",
 )
 
 
@@ -94,7 +93,8 @@ def compare(ours: Mapping[int, float], theirs: Mapping[int, float], sign: int) -
         verdict = "better" if sign * mean > 0 else "worse"
     else:
         verdict = "no difference shown"
-    firm = verdict in ("better", "worse") and abs(mean) > STUDENT.get(len(both), 2.3) * error
+    student = special.stdtrit(len(both) - 1, 0.975)  # 5 % lie beyond, both sides together
+    firm = verdict in ("better", "worse") and bool(abs(mean) > student * error)
     return Comparison(mean, error, len(both), verdict, firm)
 
 
