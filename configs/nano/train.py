@@ -1,7 +1,7 @@
 """nano: models like those that the package ships, from scratch on rendered scenes alone.
 
     python -m d3epth_jax.main --config=configs/nano/train.py          # an hour on 2 CPU cores
-    python -m d3epth_jax.main --config=configs/nano/train.py:student  # three hours: of nano-teacher
+    python -m d3epth_jax.main --config=configs/nano/train.py:student  # 3.5 hours: of nano-teacher
     python -m d3epth_jax.main --config=configs/nano/train.py:long     # all of it, longer: on a GPU
     python -m d3epth_jax.main --config=configs/nano/train.py:tiny     # two minutes: does it run?
 
