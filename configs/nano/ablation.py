@@ -1,7 +1,7 @@
 """The ablation: what the pixel losses, the two stages and single choices do (METHOD 5, 7, 8).
 
     python -m d3epth_jax.main --config=configs/nano/ablation.py       # hours on 2 CPU cores
-    python -m d3epth_jax.main --config=configs/nano/ablation.py:edges # 4 below: about 3 hours
+    python -m d3epth_jax.main --config=configs/nano/ablation.py:edges # 4 below: 5.5 hours, or a GPU
     python -m d3epth_jax.main --config=configs/nano/ablation.py:refined # 5 below: about 2 hours
     python -m d3epth_jax.main --config=configs/nano/ablation.py:tiny  # does it run at all?
 
@@ -23,13 +23,11 @@ anew after every arm; interrupted, it goes on where it was.
 3. Single choices, of the first seed alone: nothing is claimed of them. The target's space is
    compared from scratch, with the SSI loss and the range and sign that scratch needs beside it;
    each is fitted in its own space, which by itself favours disparity's root.
-4. What the edge term does where it is new: the teacher of 1 had it already. One training from
-   random weights ("trunk"), with the SSI loss and without the edge term, sees 144,000 scenes at a
-   constant learning rate. From its averaged weights every arm trains anew, warm-up included, while
-   the learning rate decays. Nine trainings with and without the term throughout would be half a
-   day on two cores; so the seeds, of the arms' scenes, share the trunk. As in 1 gradients are not
-   clipped and two arms tell DWA's division from its moving weights: the `range` loss, which
-   training from scratch needs, is not divided and so loses weight beside the others.
+4. What the edge term does from random weights: the teacher of 1 had it already. Pictures are of
+   48x64, a quarter of nano's, so that two cores show as many as give a model outlines: 12 trainings
+   of 154,000 scenes. As in 1 gradients are not clipped. DWA does not divide the `range` loss, which
+   training from scratch needs, and so makes less of it: an arm without the edge term divides SSI
+   alike.
 5. The same asked of what sees outlines already: the student that comes with the package goes on,
    at stage 2's own learning rate, with the edge term, which it was trained with, or without.
    Gradients are not clipped, as in 1.
@@ -52,6 +50,7 @@ AFTER = 500  # added to the scenes' seed of what goes on from another arm: it se
 
 WARMUP = 50  # steps: every arm has one, and two stages have two
 WINDOW = 50  # steps of DWA's: its weights move after two of them
+SMALL = 48, 64  # pictures of 4
 
 COMPARISONS = (  # (arm, the one that it is held against)
     ("full_static", "full_ssi"),
@@ -73,9 +72,9 @@ COMPARISONS = (  # (arm, the one that it is held against)
 )
 EDGES = (
     ("edges_static", "edges_ssi"),
-    ("edges_normalized", "edges_ssi_normalized"),
-    ("edges_dwa", "edges_normalized"),
     ("edges_dwa", "edges_ssi"),
+    ("edges_dwa", "edges_ssi_normalized"),
+    ("edges_dwa", "edges_static"),
 )
 REFINED = (
     ("refined_static", "refined_ssi"),
@@ -99,14 +98,13 @@ def get_config(argument: str | None = None) -> ConfigDict:
     config.workdir = f"runs/ablation_{word}" if word else "runs/ablation"
     config.cpu_devices = 2
     config.seeds = (0, 1) if tiny else (0, 1, 2)
-    config.batch_size = 8
-    steps = {"full": 400, "student": 800, "space": 800}
-    steps |= {"trunk": 9000, "edges": 1000, "refined": 1000}
+    config.batch_size = {"edges": 64, "refined": 16}.get(word, 8)
+    steps = {"full": 400, "student": 800, "space": 800, "edges": 2400, "refined": 1000}
     config.steps = ConfigDict(dict.fromkeys(steps, 4) if tiny else steps)
     config.teacher = "nano-teacher"
     config.further = "nano"  # of the arms of 5
     config.real = ""  # a folder of RGB-D pairs with an index
-    size = nano.LARGER if word == "refined" else (nano.HEIGHT, nano.WIDTH)
+    size = {"edges": SMALL, "refined": nano.LARGER}.get(word, (nano.HEIGHT, nano.WIDTH))
     config.evaluations = ConfigDict(
         {
             "scenes": evaluation(nano.scenes(common.PROCEDURAL_TEST, 16 if tiny else 256, size)),
@@ -129,8 +127,6 @@ def get_config(argument: str | None = None) -> ConfigDict:
     }
     arms, config.comparisons = suites.get(word, (first, COMPARISONS))
     config.arms, config.order = ConfigDict(arms), tuple(arms)  # what `order` leaves out is not run
-    if word in suites:
-        config.batch_size = 16
     if word == "refined":
         config.teacher = config.get_oneway_ref("further")  # the table's row to compare with
         config.evaluations.scenes.eval.processing_resolution = -1
@@ -142,9 +138,8 @@ def arm(
 ) -> ConfigDict:
     """A training and its place among the others.
 
-    after: the arm whose model it starts from, of the same seed or, where that has not all seeds,
-    of the first; macs_of: train for as many steps as cost what that arm does, with all before it;
-    seeds: only so many of the seeds, 0 all.
+    after: the arm whose model it starts from; macs_of: train for as many steps as cost what that
+    arm does, with all before it; seeds: only so many of the seeds, 0 all.
     """
     return ConfigDict(
         {"title": title, "train": train, "after": after, "macs_of": macs_of, "seeds": seeds}
@@ -170,7 +165,7 @@ def evaluation(source: ConfigDict) -> ConfigDict:
 
 
 def by_losses(
-    suite: str, title: str, make: Callable[[], ConfigDict], losses: Sequence[str], after: str = ""
+    suite: str, title: str, make: Callable[[], ConfigDict], losses: Sequence[str]
 ) -> dict[str, ConfigDict]:
     """An arm for each of these `LOSSES`, which differ in nothing else."""
     arms = {}
@@ -179,10 +174,9 @@ def by_losses(
         job = make()
         job.loss.beta.edge = nano.teacher().loss.beta.edge if edge else 0.0
         job.weighting.name = "static" if weighting == "static" else "dwa"
-        job.weighting.dwa.window = WINDOW
         if weighting == "normalized":
             job.weighting.dwa.ratio_clip = (1.0, 1.0)
-        arms[f"{suite}_{word}"] = arm(f"{title} {name}", job, after=after)
+        arms[f"{suite}_{word}"] = arm(f"{title} {name}", job)
     return arms
 
 
@@ -192,6 +186,7 @@ def full_arms(config: ConfigDict, tiny: bool) -> dict[str, ConfigDict]:
         job.init = config.get_ref("teacher")
         job.schedule.learning_rate = 3e-5  # it is trained already: more undoes what it knows
         job.optim.clip = 0
+        job.weighting.dwa.window = WINDOW
         job.loss.beta.range = 0.0
         job.loss.options.upright = False
         return job
@@ -199,25 +194,16 @@ def full_arms(config: ConfigDict, tiny: bool) -> dict[str, ConfigDict]:
     return by_losses("full", "D^2,", further, ("ssi", "static", "normalized", "dwa"))
 
 
-def from_scratch(config: ConfigDict, tiny: bool, steps: str) -> ConfigDict:
-    """The full model's training, with the SSI loss alone of those of METHOD 5."""
-    job = train(config, nano.teacher(tiny), steps)
-    job.loss.beta.edge, job.weighting.name = 0.0, "static"
-    return job
-
-
 def edge_arms(config: ConfigDict, tiny: bool) -> dict[str, ConfigDict]:
-    trunk = from_scratch(config, tiny, "trunk")
-    trunk.schedule.update(schedule="constant", warmup_steps=nano.teacher().schedule.warmup_steps)
-
-    def decayed() -> ConfigDict:
-        job = from_scratch(config, tiny, "edges")
-        job.data.source.seed += AFTER
+    def scratch() -> ConfigDict:
+        job = train(config, nano.teacher(tiny), "edges")
+        nano.resize(job, *SMALL)
+        job.schedule.warmup_steps = nano.teacher().schedule.warmup_steps
         job.optim.clip = 0
         return job
 
-    arms = by_losses("edges", "D^2, trunk, then", decayed, tuple(LOSSES), after="trunk")
-    return {"trunk": arm("D^2, trunk: SSI, from random weights", trunk, seeds=1)} | arms
+    losses = "ssi", "static", "dwa", "ssi_normalized"
+    return by_losses("edges", "D^2 from random weights,", scratch, losses)
 
 
 def refined_arms(config: ConfigDict, tiny: bool) -> dict[str, ConfigDict]:
@@ -226,6 +212,7 @@ def refined_arms(config: ConfigDict, tiny: bool) -> dict[str, ConfigDict]:
         job.init = config.get_ref("further")
         nano.resize(job, *nano.LARGER)  # the shipped student's size
         job.optim.clip = 0
+        job.weighting.dwa.window = WINDOW
         return job
 
     return by_losses("refined", "D^3 further,", refined, ("ssi", "static", "dwa"))
@@ -284,7 +271,8 @@ def single_arms(config: ConfigDict, tiny: bool) -> dict[str, ConfigDict]:
         return job
 
     def space(prediction_type: str) -> ConfigDict:
-        job = from_scratch(config, tiny, "space")
+        job = train(config, nano.teacher(tiny), "space")
+        job.loss.beta.edge, job.weighting.name = 0.0, "static"
         job.model.prediction_type = prediction_type
         return job
 

@@ -51,9 +51,8 @@ def run(config, workdir: pathlib.Path) -> None:
     failed = {}
     for seed in config.seeds:
         for name in config.order:
-            if seed not in seeds_of(config, name):
-                continue
-            if any(each in failed for each in needed(config, name, seed)):
+            needed = chain(config.arms, config.arms[name].macs_of or name)
+            if seed not in seeds_of(config, name) or any((seed, each) in failed for each in needed):
                 continue
             try:
                 run_arm(config, workdir, name, seed)
@@ -92,6 +91,8 @@ def check(config) -> None:
         for other in filter(None, (arm.after, arm.macs_of)):
             if other not in config.order[:number]:
                 problems.append(f"arms.{name} needs {other!r} before it in `order`")
+            elif not set(seeds_of(config, name)) <= set(seeds_of(config, other)):
+                problems.append(f"arms.{name} has seeds that {other!r} lacks, which it needs")
         if arm.after and arm.macs_of:
             problems.append(f"arms.{name}: `after` and `macs_of` exclude each other")
         ask(f"arms.{name}", check_config.check, arm.train)
@@ -124,18 +125,6 @@ def seeds_of(config, name: str) -> tuple[int, ...]:
     return tuple(config.seeds)[: config.arms[name].seeds or None]
 
 
-def seed_of(config, name: str, seed: int) -> int:
-    """The seed whose model of an arm those of `seed` start from: the first, if it lacks theirs."""
-    return seed if seed in seeds_of(config, name) else config.seeds[0]
-
-
-def needed(config, name: str, seed: int) -> list[tuple[int, str]]:
-    """The (seed, arm) that an arm goes on from or takes its steps from, and all behind these."""
-    arm = config.arms[name]
-    others = [(seed_of(config, other, seed), other) for other in (arm.after, arm.macs_of) if other]
-    return others + [each for seed, other in others for each in needed(config, other, seed)]
-
-
 def run_arm(config, workdir: pathlib.Path, name: str, seed: int) -> None:
     """Trains and evaluates an arm with a seed: of its scenes, and of its weights if random."""
     arm, folder = config.arms[name], workdir / f"seed{seed}"
@@ -145,8 +134,7 @@ def run_arm(config, workdir: pathlib.Path, name: str, seed: int) -> None:
     if "seed" in job.data.source:
         job.data.source.seed += SEEDS_APART * (seed + 1)  # none sees the teacher's scenes
     if arm.after:
-        begun = workdir / f"seed{seed_of(config, arm.after, seed)}"
-        job.init = str(begun / arm.after / "model")
+        job.init = str(folder / arm.after / "model")
     costs = read_costs(workdir, config.order)
     if name not in costs:
         costs[name] = step_macs(job)

@@ -41,8 +41,8 @@ NOTES = (
     "Differences are paired by seed: their mean ± its standard error (deviation / sqrt(n)), and"
     " what is claimed: better or worse only beyond two standard errors, nothing of one seed."
     " With three seeds chance alone passes that bar in 18 of 100 comparisons: **bold** is what also"
-    " passes Student's t at 5 %. All seeds share the teacher, the pictures and any arm of one seed"
-    " that others go on from: what another of these would change is not in it.",
+    " passes Student's t at 5 %. Seeds share the teacher and the pictures: what another of these"
+    " would change is not in it.",
 )
 
 
