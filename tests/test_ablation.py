@@ -201,8 +201,9 @@ def test_arms_of_the_losses_differ_in_these_alone(suite):
     moves = {word for word, job in jobs.items() if job.weighting.name == "dwa"}
     still = {word for word in moves if jobs[word].weighting.dwa.ratio_clip == (1, 1)}
     assert (moves, still) == (set(jobs) - {"ssi", "static"}, {w for w in jobs if "normal" in w})
+    assert {bool(job.init) for job in jobs.values()} == {suite != "edges"}
     for job in jobs.values():  # everything else is the same
-        job.loss.beta.edge, job.weighting = 0.0, None
+        job.loss.beta.edge, job.weighting.name, job.weighting.dwa.ratio_clip = 0.0, "", None
     assert len({job.to_json_best_effort() for job in jobs.values()}) == 1
 
 
