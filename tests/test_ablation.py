@@ -79,8 +79,12 @@ def test_files_of_evaluations_become_pairs_and_tables(tmp_path):
             for kind in ("scenes", "real"):
                 folder = tmp_path / f"seed{seed}" / name / kind
                 folder.mkdir(parents=True)
+                shuffled = {"abs_rel": 1.0, "boundary_f1": 0.5}
                 content = {
-                    "mean": {"model": {"abs_rel": value, "boundary_f1": None}},
+                    "mean": {
+                        "model": {"abs_rel": value, "boundary_f1": None},
+                        "model, pictures shuffled": shuffled,
+                    },
                     "abs_rel_by_group": {"model": {"desk": value, "hall": value / 2}},
                 }
                 (folder / "evaluation.json").write_text(json.dumps(content))
@@ -251,6 +255,7 @@ def test_ablation_runs_from_nothing_to_the_tables_and_goes_on(
     config = ablation_config.get_config("tiny")
     config.real = str(write_pairs(tmp_path / "pairs", 2))
     config.teacher = str(tmp_path / "teacher")
+    config.evaluations.scenes.shuffled = "model"
     hub.save_model(config.teacher, small, init_params(small, 0))
     config.order = ("full_ssi", "stage1_half", "both", "stage1_macs", *["cached"] * cached)
     for name in config.order[1:]:
@@ -272,13 +277,15 @@ def test_ablation_runs_from_nothing_to_the_tables_and_goes_on(
     trivial = [
         f"{name}{space}" for name in ("constant", "ramp") for space in ("", " in sqrt_disparity")
     ]
-    assert list(content["reference"]) == [*trivial, "teacher"]
+    assert list(content["reference"]) == [*trivial, "teacher", "teacher, pictures shuffled"]
     assert list(content["arms"]) == list(config.order)
     arms = content["arms"]
     assert [len(arm["scores"]["real"]) for arm in arms.values()] == [2, 1, 1, 1, *[1] * cached]
     written = json.loads((workdir / "seed1/full_ssi/scenes/evaluation.json").read_text())
-    score = written["mean"]["model"]["abs_rel"]
-    assert arms["full_ssi"]["scores"]["abs_rel"]["1"] == score
+    own, others = written["mean"]["model"], written["mean"]["model, pictures shuffled"]
+    scores = arms["full_ssi"]["scores"]
+    assert scores["abs_rel"]["1"] == own["abs_rel"] != others["abs_rel"]
+    assert scores["f1_above_chance"]["1"] == own["boundary_f1"] - others["boundary_f1"]
     assert arms["both"]["steps"] == 4 and arms["stage1_half"]["steps"] == 2
     assert arms["stage1_macs"]["macs"] == pytest.approx(arms["both"]["macs"], rel=0.2)
     if cached:  # it spares the teacher's encoder and the latent's share of its UNet
@@ -313,3 +320,8 @@ def test_the_refined_arms_go_on_from_what_the_table_compares_them_with():
     assert {config.teacher, *(config.arms[name].train.init for name in config.order)} == {"another"}
     resolutions = {job.eval.processing_resolution for job in config.evaluations.values()}
     assert resolutions == {-1}  # each at its own size
+
+
+def test_edges_from_random_weights_are_also_scored_by_chance():
+    jobs = ablation.evaluations(ablation_config.get_config("edges"), "TEACHER")
+    assert jobs["scenes"].shuffled == "model" and jobs["scenes"].models.model == "TEACHER"

@@ -40,7 +40,7 @@ def run(config, workdir: pathlib.Path) -> None:
     the workdir was made with, TrainingError for arms that failed.
     """
     check(config)
-    for job in evaluations(config).values():
+    for job in evaluations(config, config.teacher).values():
         data.make_source(**job.eval.source)  # what is wrong with it is told before hours of work
     evaluate_once(config, config.teacher, workdir / "teacher", baselines=("constant", "ramp"))
     chosen = [config.arms[name].train for name in config.order]
@@ -98,22 +98,24 @@ def check(config) -> None:
         ask(f"arms.{name}", check_config.check, arm.train)
     if any(config.arms[name].train.teacher.cache for name in config.order if name in config.arms):
         ask("cache", cache.check, config.cache)
-    for name, job in config.evaluations.items():
+    for name, job in evaluations(config, config.teacher).items():
         ask(f"evaluations.{name}", evaluate.check, job)
     if problems:
         raise ValueError("\n".join(problems))
 
 
-def evaluations(config) -> dict:
-    """The evaluations that every model gets, by name."""
-    return {name: job for name, job in config.evaluations.items() if name != "real" or config.real}
+def evaluations(config, model, baselines: tuple[str, ...] = ()) -> dict:
+    """{name: job} of the evaluations that every model gets, of the model of a directory."""
+    jobs = {name: job.copy_and_resolve_references() for name, job in config.evaluations.items()}
+    for job in jobs.values():
+        job.models.model, job.baselines = str(model), baselines
+    return {name: job for name, job in jobs.items() if name != "real" or config.real}
 
 
 def evaluate_once(config, model, folder: pathlib.Path, baselines: tuple[str, ...] = ()) -> None:
     """Evaluates the model of a directory into `folder`/NAME, where that is not done yet."""
-    for name, settings in evaluations(config).items():
-        job, out = settings.copy_and_resolve_references(), folder / name
-        job.models.model, job.baselines = str(model), baselines
+    for name, job in evaluations(config, model, baselines).items():
+        out = folder / name
         done = (out / "evaluation.json").is_file()
         out.mkdir(parents=True, exist_ok=True)
         runs.claim(out, job, in_use=done)

@@ -31,6 +31,7 @@ MEASURES = {
     "abs_rel": Measure("AbsRel", 4, -1),
     "delta1": Measure("delta1", 3, 1),
     "boundary_f1": Measure("F1", 4, 1),
+    "f1_above_chance": Measure("F1 above chance", 4, 1),
     "real": Measure("AbsRel, real", 4, -1),
 }
 NOTES = (
@@ -125,7 +126,7 @@ def collect(
     ]
     protocols = [each["protocol"] for each in evaluated]
     reference = {  # baselines, and the teacher
-        "teacher" if name == "model" else name: read(workdir / "teacher", name)
+        name.replace("model", "teacher"): read(workdir / "teacher", name)
         for name in (evaluated[0]["mean"] if evaluated else ())
     }
     pairs = [
@@ -151,10 +152,14 @@ def read(folder: pathlib.Path, predictor: str = "model") -> dict[str, float]:
     """{metric, "real" or real/SOURCE: value} of the evaluations in a folder, those there are."""
     scores = {}
     if (path := folder / "scenes/evaluation.json").is_file():
-        scores |= json.loads(path.read_text())["mean"][predictor]
+        mean = json.loads(path.read_text())["mean"]
+        scores |= mean[predictor]
+        chance = mean.get(f"{predictor}, pictures shuffled", {}).get("boundary_f1")
+        if chance is not None and scores["boundary_f1"] is not None:
+            scores["f1_above_chance"] = scores["boundary_f1"] - chance
     if (path := folder / "real/evaluation.json").is_file():
-        groups = json.loads(path.read_text())["abs_rel_by_group"][predictor]
-        if None not in groups.values():
+        groups = json.loads(path.read_text())["abs_rel_by_group"].get(predictor, {})
+        if groups and None not in groups.values():
             scores["real"] = statistics.fmean(groups.values())
         scores |= {f"real/{name}": value for name, value in groups.items()}
     return {name: value for name, value in scores.items() if value is not None}
