@@ -17,6 +17,13 @@ def a_path(text: str) -> pathlib.Path:
     return pathlib.Path(os.path.expanduser(text))
 
 
+def a_name(text: str) -> str:
+    """`type=` of a model, or of what of it is wanted: an empty one does not mean the default."""
+    if not text:
+        raise argparse.ArgumentTypeError("an empty name; for the default leave the option out")
+    return os.path.expanduser(text)
+
+
 def in_range(kind: type, least: float, most: float = math.inf) -> Callable[[str], float]:
     """`type=` of an argument that is an int or float from `least` to `most`, and never infinite."""
 

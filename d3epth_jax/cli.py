@@ -9,13 +9,12 @@ import contextlib
 import functools
 import itertools
 import logging
-import os
 import pathlib
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 
 from d3epth_jax import __version__, atomic, data_cli
-from d3epth_jax.argument_types import a_path, in_range
+from d3epth_jax.argument_types import a_name, a_path, in_range
 from d3epth_jax.bench import cli as bench_cli
 from d3epth_jax.output import cannot_be_made, show
 from d3epth_jax.pictures import EXPECTED, Picture, find_pictures, name_outputs, reason
@@ -56,7 +55,7 @@ def add_predict(commands) -> None:
     parser.set_defaults(run=predict, fail=parser.error)
     add = parser.add_argument
     add("inputs", nargs="+", type=a_path, metavar="IMAGE_OR_DIR", help="folders: recursively")
-    add("--model", type=os.path.expanduser,
+    add("--model", type=a_name,
         help="a directory in diffusers' layout, a hub id OWNER/NAME, or one that comes with the "
         "package: nano (the default), nano-teacher")  # fmt: skip
     add("--out", default="depth_maps", type=a_path,
@@ -84,10 +83,10 @@ def add_predict(commands) -> None:
 def _add_where(parser) -> None:
     """Which version of a model, and from where."""
     add = parser.add_argument
-    add("--revision", help="of a hub model: branch, tag or commit")
-    add("--variant", help="of the weights that are read, such as fp16")
-    add("--subfolder", help="of the model's repository or directory")
-    add("--cache-dir", help="of hub models")
+    add("--revision", type=a_name, help="of a hub model: branch, tag or commit")
+    add("--variant", type=a_name, help="of the weights that are read, such as fp16")
+    add("--subfolder", type=a_name, help="of the model's repository or directory")
+    add("--cache-dir", type=a_name, help="of hub models")
     add("--offline", action="store_true", help="only use hub models that are in the cache")
 
 
@@ -111,10 +110,19 @@ def add_convert(commands) -> None:
     )
     parser.set_defaults(run=convert)
     add = parser.add_argument
-    add("source", help="a model directory, a hub id OWNER/NAME, or the workdir of a run")
+    add(
+        "source",
+        type=a_name,
+        help="a model directory, a hub id OWNER/NAME, or the workdir of a run",
+    )
     add("out", type=a_path, help="the directory to write; an old one is replaced")
     add("--dtype", choices=("float32", "bfloat16", "float16"), help="default: as they are")
-    add("--save-variant", metavar="NAME", help="put into the names of the weights' files (fp16)")
+    add(
+        "--save-variant",
+        type=a_name,
+        metavar="NAME",
+        help="put into the names of the weights' files (fp16)",
+    )
     add("--layout", choices=("diffusers", "orbax"), default="diffusers",
         help="orbax: weights as one Orbax tree, for JAX alone")  # fmt: skip
     _add_where(parser)
@@ -124,15 +132,20 @@ def convert(args: argparse.Namespace) -> int:
     """`d3epth convert`: the exit code."""
     import numpy as np
 
+    from d3epth_jax import sharding
     from d3epth_jax.training import from_config
     from d3epth_jax.weights import hub
 
     run = pathlib.Path(args.source)
+    of_a_model = args.revision or args.variant or args.subfolder
+    is_run = (run / "checkpoints").is_dir() and not of_a_model
     try:
         hub.require_replaceable(args.out)
         if args.out.exists() and run.is_dir() and args.out.samefile(run):
             raise FileExistsError(f"{args.out} is the source: choose another directory")
-        if (run / "checkpoints").is_dir():
+        if is_run or args.layout == "orbax":
+            sharding.require_devices()
+        if is_run:
             model, params, text = from_config.read_run(run)
         else:
             model, params, text, _ = hub.load_model(args.source, param_dtype=None, **_where(args))

@@ -54,7 +54,7 @@ def _add_build(commands) -> None:
         help="write a source as sharded ArrayRecord, for this project and for TFDS",
         description="Writes OUT/NAME/1.0.0, which tfds:NAME/SPLIT reads, and tfds.data_source(NAME,"
         " split=SPLIT, data_dir=OUT). Run again, it goes on where it was and mends damaged shards.",
-        epilog="Exit code: 0 finished, 1 unreadable samples, nothing finished, 2 wrong arguments.",
+        epilog="Exit code: 0 finished, 1 broken samples, nothing finished, 2 wrong arguments.",
     )
     parser.set_defaults(run=build)
     _add_source(parser)
@@ -64,12 +64,8 @@ def _add_build(commands) -> None:
     add("--split", help="its name there; default: the source's setting `split`, or train")
     add("--height", type=in_range(int, 1), help="scale and crop to this size; default: as they are")
     add("--width", type=in_range(int, 1))
-    add(
-        "--crop",
-        choices=("center", "kitti", "stretch"),
-        default="center",
-        help="which part of it is kept",
-    )
+    add("--crop", choices=("center", "kitti", "stretch"),
+        help="which part is kept of what is scaled; default: center")  # fmt: skip
     add("--workers", type=in_range(int, 0), metavar="N",
         help="processes; 0: this one; default: one for each core")  # fmt: skip
     add("--shards", type=in_range(int, 1), metavar="N",
@@ -166,6 +162,8 @@ def build(args: argparse.Namespace) -> int:
         source_name, _, rest = args.source.partition(":")
         if (args.height is None) != (args.width is None):
             raise ValueError("--height and --width belong together")
+        if args.crop and args.height is None:
+            raise ValueError(f"--crop {args.crop} needs --height and --width")
         source, unlisted = _open(args, settings, skip=args.on_error == "skip")
         progress = Progress("build", len(source), unit="sample")
         made = building.build(
@@ -179,7 +177,7 @@ def build(args: argparse.Namespace) -> int:
                 "path": str(pathlib.Path(args.path).resolve()),
             },
             size=None if args.height is None else (args.height, args.width),
-            crop=args.crop,
+            crop=args.crop or "center",
             shards=args.shards,
             filters=_filters(args),
             on_error=args.on_error,
@@ -238,7 +236,7 @@ def _settings(args: argparse.Namespace) -> dict:
     known = _arguments(args.source)
     if "path" not in known:
         raise ValueError(f"{args.source} makes its samples: it has no folder {args.path} to read")
-    settings = {}
+    settings = dict(USUAL.get(args.source, {}))
     for text in args.set:
         key, equals, value = text.partition("=")
         if not equals:
@@ -250,7 +248,7 @@ def _settings(args: argparse.Namespace) -> dict:
         try:
             settings[key] = ast.literal_eval(value)
         except (ValueError, SyntaxError):
-            settings[key] = value
+            settings[key] = (value,) if isinstance(known[key].default, tuple) else value
     return settings
 
 
@@ -264,16 +262,14 @@ def _arguments(source: str):
 def _open(args: argparse.Namespace, settings: dict, *, skip: bool = False):
     """The source, and with `skip` the problems for which it lacks samples."""
     from d3epth_jax import data
-    from d3epth_jax.data.sources.files import SourceError
 
-    settings = USUAL.get(args.source, {}) | settings
+    if skip and "on_error" in _arguments(args.source):
+        settings = {"on_error": "skip"} | settings
     try:
-        return data.make_source(args.source, path=args.path, **settings), []
-    except SourceError as error:
-        if not skip or "on_error" not in _arguments(args.source):
-            raise
-        source = data.make_source(args.source, path=args.path, **settings | {"on_error": "skip"})
-        return source, error.problems
+        source = data.make_source(args.source, path=args.path, **settings)
+    except TypeError as error:  # no arithmetic on settings expects it
+        raise ValueError(f"--set: a value of the wrong type: {error}") from error
+    return source, list(getattr(source, "problems", ()))
 
 
 def _unusable(error: Exception) -> int:

@@ -356,6 +356,12 @@ def test_options_that_would_do_nothing_are_refused(capsys):
         assert [line.split()[0] for line in told.splitlines() if "does nothing" in line] == named
 
 
+def test_resuming_from_nowhere_is_refused(capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["bench", "d3_fast", "--resume"])
+    assert "--out" in capsys.readouterr().err
+
+
 def test_results_that_cannot_be_saved_are_shown(measured, tmp_path, monkeypatch, capsys):
     def full(*_):
         raise OSError(28, "No space left on device")

@@ -22,6 +22,7 @@ NONE = {f"loss.beta.{term}": 0.0 for term in nano.stage2().loss.beta}
         ({"seed": -1}, "config.seed is at least 0, not -1"),
         ({"train.accumulate": 0}, "train.accumulate is at least 1, not 0"),
         ({"train.keep_checkpoints": 0}, "train.keep_checkpoints is at least 1, not 0"),
+        ({"train.profile": (5,)}, r"train.profile=\(5,\): \(first step, number of steps\)"),
         ({"train.profile": (0, 3)}, r"train.profile=\(0, 3\) begins before step 1"),
         ({"teacher.steps": -1}, "teacher.steps is at least 0, not -1"),
         ({"optim.clip": -1.0}, "optim.clip is at least 0, not -1.0"),

@@ -421,6 +421,7 @@ def test_interrupted_keeps_what_is_done(fake, tmp_path, capsys):
         (["--uncertainty"], "set --ensemble-size to 3 or more"),
         (["--color-map", "jet"], "choose from"),
         ([""], "an empty name; for the folder you are in say ."),
+        (["--model", ""], "an empty name; for the default leave the option out"),
     ],
 )
 def test_wrong_arguments(fake, tmp_path, capsys, arguments, message):
@@ -444,7 +445,6 @@ def test_entry_points():
     root = Path(__file__).parents[1]
     project = tomllib.loads((root / "pyproject.toml").read_text())["project"]
     assert project["scripts"] == {"d3epth": "d3epth_jax.cli:main"}
-    done = subprocess.run(
-        [sys.executable, "-m", "d3epth_jax", "--help"], capture_output=True, text=True, cwd=root
-    )
+    command = [sys.executable, "-m", "d3epth_jax", "--help"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=root)
     assert done.returncode == 0 and "predict" in done.stdout

@@ -357,3 +357,8 @@ def test_the_command_builds_and_says_what(pairs, tmp_path, capsys):
     assert info["splits"][0]["shardLengths"] == ["6"]
     assert cli.main([*command, "--on-error", "skip", "--height", "20"]) == 2
     assert "--height and --width belong together" in capsys.readouterr().err
+    assert cli.main([*command, "--on-error", "skip", "--crop", "kitti"]) == 2
+    assert "--crop kitti needs --height and --width" in capsys.readouterr().err
+    command[-1] = "another"
+    assert cli.main([*command, "--set", "on_error=skip"]) == 0
+    assert "1 problem(s)" in capsys.readouterr().out

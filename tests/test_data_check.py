@@ -119,6 +119,7 @@ def test_harm_is_found_and_named_by_file(pairs, check, harm):
     path, said = harm(pairs)
     code, out, _ = check("folder", pairs)
     assert code == 1
+    assert check("folder", pairs, "--set", "on_error=skip")[:2] == (code, out)
     lines = [line for line in out.splitlines() if str(path) in line and said in line]
     assert len(lines) == 1, out
     assert "1 problem(s)" in out or (harm is swapped and "2 problem(s)" in out)
@@ -250,6 +251,8 @@ def test_the_sheet_shows_pictures_beside_depth(pairs, check, tmp_path):
         (("folder", "{}", "--set", "depth_scale"), "write KEY=VALUE"),
         (("folder", "{}", "--set", "depth_scale=-1"), "must be a positive number"),
         (("folder", "{}", "--set", "split=test"), "split must be 'train'"),
+        (("folder", "{}", "--set", "min_valid=few"), "a value of the wrong type"),
+        (("folder", "{}", "--set", "split=train", "--set", "holdout_sources=attic"), "['attic']"),
     ],
 )
 def test_senseless_arguments_are_refused(pairs, capsys, arguments, said):

@@ -360,6 +360,10 @@ def test_what_is_no_depth(tmp_path):
     np.save(tmp_path / "b.npy", np.array([{}], object), allow_pickle=True)
     with pytest.raises(ValueError, match="unreadable"):
         read_depth(tmp_path / "b.npy")
+    np.savez(tmp_path / "b.npz", depth=depth)
+    (tmp_path / "b.npz").rename(tmp_path / "b.npy")
+    with pytest.raises(ValueError, match=r"it is an \.npz"):
+        read_depth(tmp_path / "b.npy")
     np.save(tmp_path / "c.npy", np.zeros((2, 3, 4)))
     with pytest.raises(ValueError, match=r"float64 \[2, 3, 4\], expected \[H, W\]"):
         read_depth(tmp_path / "c.npy")

@@ -135,7 +135,23 @@ def test_convert_refuses_without_a_trace(saved, tmp_path, capsys):
     shutil.copytree(saved[0], tmp_path / "bad")
     (tmp_path / "bad/vae" / f"{hub.STEM}.safetensors").write_bytes(b"torn")
     assert cli.main(["convert", str(tmp_path / "bad"), str(tmp_path / "out")]) == 2
+    for said, *options in (
+        ("has no revision v1", "--revision", "v1"),
+        ("variant '../fp16': letters", "--save-variant", "../fp16"),
+        ("an Orbax tree has no variants", "--save-variant", "fp16", "--layout", "orbax"),
+    ):
+        capsys.readouterr()
+        assert cli.main(["convert", str(saved[0]), str(tmp_path / "out"), *options]) == 2
+        assert said in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["bad"]
+
+
+def test_a_run_of_another_version_is_not_converted(tmp_path, capsys):
+    (tmp_path / "run/checkpoints").mkdir(parents=True)
+    (tmp_path / "run/config.json").write_text('{"seed": 0}')
+    assert cli.main(["convert", str(tmp_path / "run"), str(tmp_path / "out")]) == 2
+    told = capsys.readouterr().err
+    assert "config.json has no setting" in told and "'teacher'" in told
 
 
 def test_stable_diffusion_itself_is_refused_with_advice(tmp_path):
@@ -396,6 +412,8 @@ def test_a_model_in_the_hubs_cache_is_found_offline(saved, tmp_path):
     assert loaded.model.base == f"owner/model@{'a' * 40}"
     with pytest.raises(FileNotFoundError):
         hub.load_model("owner/model", cache_dir=tmp_path, local_files_only=True, revision="b" * 40)
+    with pytest.raises(ValueError, match="nano is no model of the hub, and has no revision main"):
+        hub.load_model("nano", revision="main")
 
 
 def test_taesd_is_read_in_both_namings(shared, tmp_path):

@@ -95,6 +95,8 @@ def test_senseless_protocols_are_refused_with_all_reasons():
         assert word in str(error.value)
     with pytest.raises(ValueError, match="clip"):
         Protocol(clip=(3.0, 2.0))
+    with pytest.raises(ValueError, match="clip"):
+        Protocol(clip=("a", "b"))
 
 
 def test_description_has_every_number():

@@ -29,9 +29,9 @@ anew after every arm; interrupted, it goes on where it was.
    are not clipped. All arms have the `range` loss, which training from scratch needs. DWA does not
    divide it, and so makes three times less of it beside SSI: an arm without the edge term divides
    SSI alike. Each model is also shown other scenes' pictures: F1 is partly chance.
-5. `refined`: the same asked of what sees outlines already: the student that comes with the package goes on,
-   at stage 2's own learning rate, with the edge term, which it was trained with, or without.
-   Gradients are not clipped, as in 1.
+5. `refined`: the same asked of what sees outlines already: the student that comes with the package
+   goes on, at stage 2's own learning rate, with the edge term, which it was trained with, or
+   without. Gradients are not clipped, as in 1.
 
 --config.teacher=DIR takes another teacher (in 4 that is a row of the table alone), --config.further
 another student to go on from in 5. --config.seeds, --config.batch_size (a divisor of 256 if the

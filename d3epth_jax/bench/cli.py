@@ -165,7 +165,7 @@ def _measured_before(args: argparse.Namespace) -> list[dict]:
     from d3epth_jax.bench.worker import WorkerError, machine
 
     path = args.out and args.out / RESULTS
-    if not (args.resume and path.is_file()):
+    if not (args.resume and path and path.is_file()):
         return []
     try:
         saved = json.loads(path.read_text())

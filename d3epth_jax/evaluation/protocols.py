@@ -51,7 +51,8 @@ class Protocol:
             if (value := getattr(self, name)) not in known:
                 problems.append(f"unknown {name} {value!r}: choose one of {list(known)}")
         for name, range_ in (("min_depth, max_depth", self.valid_range), ("clip", self.clip_range)):
-            if len(range_) != 2 or not 0 <= range_[0] < range_[1]:
+            numbers = all(isinstance(value, int | float) for value in range_)
+            if len(range_) != 2 or not numbers or not 0 <= range_[0] < range_[1]:
                 problems.append(f"{name} = {range_} is no range of metres: 0 <= low < high")
         for name, least in (("processing_resolution", -1), ("fit_resolution", 0)):
             if getattr(self, name) < least:

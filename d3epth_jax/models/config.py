@@ -361,8 +361,8 @@ def _from_dict(cls, json_dict, class_name, fixed, ignored):
         config = cls(**given_fields)
     except ValueError as error:
         problems.append(str(error))
-    except TypeError as error:
-        problems.append(f"a value of the wrong type: {error}")
+    except (TypeError, ArithmeticError) as error:
+        problems.append(f"a value of the wrong type or size: {error}")
     _raise_if(f"cannot build this {class_name}", problems)
     return config
 

@@ -66,7 +66,9 @@ def _check_choices(config) -> None:
     problems += too_small(config.loss.beta, "loss.beta", **dict.fromkeys(config.loss.beta, 0))
     if not any(config.loss.beta.values()):
         problems.append("no loss has a weight: set one of loss.beta")
-    if config.train.profile[1] > 0 and config.train.profile[0] < 1:
+    if len(config.train.profile) != 2:
+        problems.append(f"train.profile={config.train.profile}: (first step, number of steps)")
+    elif config.train.profile[1] > 0 and config.train.profile[0] < 1:
         problems.append(f"train.profile={config.train.profile} begins before step 1, the first")
     problems += wrong_settings(config.eval, ["what is trained"])
     problems += too_small(config.eval, "eval", every=1)

@@ -1,7 +1,6 @@
 """What a config names, made: teacher, student, loss, weighting (data: training_data.py)."""
 
 import dataclasses
-import json
 import logging
 import operator
 import pathlib
@@ -21,7 +20,7 @@ from d3epth_jax.training import optim, runs, training_data
 from d3epth_jax.training.stages import latent, pixel
 from d3epth_jax.training.train_state import init_train_state, merge, split_trainable
 from d3epth_jax.typing import Params
-from d3epth_jax.weights import fold, hub, surgery
+from d3epth_jax.weights import files, fold, hub, surgery
 from d3epth_jax.weights.download import may_be_read
 from d3epth_jax.weights.prompt import PromptEncoder
 
@@ -411,21 +410,28 @@ def read_run(workdir: pathlib.Path) -> Start:
     """The model of the newest checkpoint in a run's workdir, with its averaged (EMA) weights.
 
     Raises FileNotFoundError where there is none; ValueError if what the run itself started from,
-    which holds the parameters that it did not train, is another model now; and as `hub.load_model`.
+    which holds the parameters that it did not train, is another model now, or if its settings are
+    of another version; and as `hub.load_model`.
     """
     path = workdir / "config.json"
     if not path.is_file() or not (workdir / "checkpoints").is_dir():
         raise FileNotFoundError(
             f"{workdir} is no workdir of a run: no config.json, no checkpoints/"
         )
-    config = ConfigDict(json.loads(path.read_text()))
-    runs.check_origins(workdir, config)
-    with Checkpoints(workdir / "checkpoints", keep=config.train.keep_checkpoints) as checkpoints:
-        if checkpoints.latest is None:
-            raise FileNotFoundError(f"{workdir}/checkpoints holds no complete checkpoint")
+    config = ConfigDict(files.read_json(path))
+    try:
+        runs.check_origins(workdir, config)
         _, (model, _, text), trainable, rest = make_models(config)
         tx, _ = make_optimizer(config)
         task_weights = make_weighting(config, len(tasks_of(config)))
+    except (AttributeError, KeyError) as error:
+        raise ValueError(
+            f"{path} has no setting {error}: it is of another version. A finished run's model is"
+            f" in {workdir / 'model'}"
+        ) from error
+    with Checkpoints(workdir / "checkpoints", keep=config.train.keep_checkpoints) as checkpoints:
+        if checkpoints.latest is None:
+            raise FileNotFoundError(f"{workdir}/checkpoints holds no complete checkpoint")
         state = jax.eval_shape(lambda: init_train_state(trainable, tx, task_weights))
         here = sharding.replicated(sharding.make_mesh(devices=jax.local_devices()[:1]))
         state, _ = checkpoints.restore(abstract(state, here))

@@ -39,15 +39,16 @@ def locate(
 
     Only JSON, tokenizer files and the safetensors that will be read are downloaded. Raises
     FileNotFoundError that says what was looked for, OSError if a download fails, and ValueError for
-    a subfolder outside.
+    a subfolder outside, and for a revision of what is not on the hub.
     """
     if subfolder and (os.path.isabs(subfolder) or ".." in pathlib.PurePath(subfolder).parts):
         raise ValueError(f"subfolder {subfolder!r} must stay inside the model")
-    directory = pathlib.Path(path_or_hub_id)
-    if not directory.is_dir():
-        name = str(path_or_hub_id)
-        if ours := bundled(name):
-            return ours / (subfolder or "")
+    name = str(path_or_hub_id)
+    directory = bundled(name) or pathlib.Path(name)
+    if directory.is_dir():
+        if revision:
+            raise ValueError(f"{name} is no model of the hub, and has no revision {revision}")
+    else:
         if not is_hub_id(name):
             raise FileNotFoundError(no_model(name))
         options = {"cache_dir": cache_dir, "token": token, "local_files_only": local_files_only}

@@ -14,6 +14,7 @@ import logging
 import math
 import os
 import pathlib
+import re
 import tempfile
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -121,9 +122,14 @@ def save_model(
     the names of the weights' files ("fp16"). `layout`: "orbax" writes {unet, encoder, decoder} as
     one Orbax tree beside the same JSON files, which `load_model` reads as well, but diffusers not.
     FileExistsError if the directory holds anything but a model, ValueError if `dtype` cannot hold
-    the numbers of some tensors, and for a folded model, which nothing reads.
+    the numbers of some tensors, for a variant that names no file, and for a folded model, which
+    nothing reads.
     """
     require_replaceable(directory)
+    if variant and layout == "orbax":
+        raise ValueError(f"an Orbax tree has no variants such as {variant!r}")
+    if variant and not re.fullmatch(r"[\w-]+", variant):
+        raise ValueError(f"variant {variant!r}: letters, digits, - and _ alone, for a file's name")
     if model.folding != NOT_FOLDED:
         raise ValueError("a folded model cannot be read again: save what it was folded from")
     vae = {name: params[name] for name in ("encoder", "decoder")}

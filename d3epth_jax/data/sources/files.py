@@ -38,7 +38,7 @@ def told(problems: Sequence[str]) -> str:
     """How many there are, and the first of them line by line."""
     listed = "".join(f"\n  {problem}" for problem in problems[:LISTED])
     hidden = len(problems) - LISTED
-    more = f"\n  and {hidden} more (see .problems)" if hidden > 0 else ""
+    more = f"\n  and {hidden} more (`d3epth data check` lists all)" if hidden > 0 else ""
     return f"{len(problems)} problem(s):{listed}{more}"
 
 
@@ -223,11 +223,15 @@ def unequal(paths: Mapping[str, Path], arrays: Mapping[str, np.ndarray]) -> str:
 def read_npy(path: Path) -> np.ndarray:
     """The array of an .npy, which is never unpickled; ValueError that names an unreadable file."""
     try:
-        return np.load(path, allow_pickle=False)
+        array = np.load(path, allow_pickle=False)
     except FileNotFoundError:
         raise
     except (OSError, ValueError, EOFError) as error:
         raise ValueError(f"{path}: unreadable .npy: {error}") from error
+    if not isinstance(array, np.ndarray):
+        array.close()
+        raise ValueError(f"{path}: unreadable .npy: it is an .npz, an archive of arrays")
+    return array
 
 
 def read_png_depth(path: Path, depth_scale: float) -> np.ndarray:
