@@ -351,7 +351,12 @@ def _from_dict(cls, json_dict, class_name, fixed, ignored):
             known = sorted(fields | set(fixed) | ignored)
             near = difflib.get_close_matches(key, known, n=1, cutoff=0.0)[0]
             problems.append(f"{key} = {value!r} is unknown; the nearest known name is {near!r}")
-    given_fields = {key: value for key, value in json_dict.items() if key in fields}
+    off = {field.name for field in dataclasses.fields(cls) if field.default is False}
+    given_fields = {
+        key: value
+        for key, value in json_dict.items()
+        if key in fields and not (value is None and key in off)  # diffusers' converter's no
+    }
     problems += [
         f"{field.name} is null"
         for field in dataclasses.fields(cls)

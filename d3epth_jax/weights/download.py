@@ -12,7 +12,7 @@ from d3epth_jax.weights import files, prompt
 STEM = "diffusion_pytorch_model"
 # Folder -> the weights' name in it; "" is the repository itself, as of a published autoencoder.
 COMPONENTS = {"unet": STEM, "vae": STEM, "text_encoder": prompt.STEM, "": STEM}
-_TEXTS = ("model_index.json", "config.json", "*/*.json", "tokenizer/merges.txt")
+_TEXTS = ("model_index.json", "config.json", "arguments.txt", "*/*.json", "tokenizer/merges.txt")
 _OURS = ("empty_prompt.safetensors", "taesd_*.safetensors", f"{STEM}.safetensors.index*.json")
 _ENDS = (".safetensors", "-?????-of-?????.safetensors")
 # Models that come with the package (configs/nano/train.py): name -> folder.
@@ -44,29 +44,37 @@ def locate(
     if subfolder and (os.path.isabs(subfolder) or ".." in pathlib.PurePath(subfolder).parts):
         raise ValueError(f"subfolder {subfolder!r} must stay inside the model")
     name = str(path_or_hub_id)
+    if not may_be_read(name):
+        raise FileNotFoundError(no_model(name))
     directory = bundled(name) or pathlib.Path(name)
     if directory.is_dir():
         if revision:
             raise ValueError(f"{name} is no model of the hub, and has no revision {revision}")
     else:
-        if not is_hub_id(name):
-            raise FileNotFoundError(no_model(name))
         options = {"cache_dir": cache_dir, "token": token, "local_files_only": local_files_only}
         directory = _download(name, revision, subfolder or "", variant, options)
     return directory / (subfolder or "")
 
 
 def is_hub_id(name: str) -> bool:
-    return re.fullmatch(r"[\w.-]+/[\w.-]+", name) is not None and ".." not in name
+    part = r"\w([\w.-]*\w)?"
+    return re.fullmatch(f"{part}/{part}", name) is not None and not re.search(r"\.\.|--", name)
 
 
 def may_be_read(name: str | os.PathLike) -> bool:
     """Whether `locate` could find it: a directory, a bundled model, or a name for the hub."""
-    return pathlib.Path(name).is_dir() or bundled(name) is not None or is_hub_id(str(name))
+    if os.path.isdir(name) or bundled(name) is not None:
+        return True
+    return is_hub_id(str(name)) and not os.path.exists(name)
 
 
 def no_model(name: str) -> str:
     """What a name is not that cannot be read."""
+    if os.path.isfile(name):
+        return (
+            f"{name} is a file, and a model is a directory: of a checkpoint in one file diffusers"
+            " makes one, StableDiffusionPipeline.from_single_file(FILE).save_pretrained(DIR)"
+        )
     return (
         f"{name} is no directory, no hub id OWNER/NAME, and none of {sorted(BUNDLED)}, which come"
         " with the package"
@@ -114,7 +122,8 @@ def _download(
                 for folder, stem in COMPONENTS.items()
                 if not files.has_weights(directory / root / folder, stem, variant)
             }
-            plain.pop("", None)
+            if not (directory / root / "config.json").is_file():
+                plain.pop("", None)  # it is no autoencoder alone
             if plain:
                 directory = fetch(weights(plain, ""), commit(directory) or revision)
         return directory

@@ -182,6 +182,11 @@ def _what_is_there(folder: pathlib.Path, stem: str, variant: str | None) -> str:
     others = [p.name for p in there if p.name.startswith(stem) and "safetensors" in p.name]
     if others:
         message += f"; there are {', '.join(others)}: give their variant"
+    elif "snapshots" in folder.parts:  # of the hub's cache
+        message += (
+            "; of the hub nothing else was fetched: see there whether it has a variant, such as"
+            " fp16, or only pickles (.bin), which are not read"
+        )
     return message
 
 

@@ -11,7 +11,6 @@ model_index.json                                           what the output means
 import dataclasses
 import hashlib
 import logging
-import math
 import os
 import pathlib
 import re
@@ -24,13 +23,12 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from d3epth_jax import atomic, checkpoint
-from d3epth_jax.alignment import SPACES
-from d3epth_jax.models.config import AutoencoderKLConfig, TinyAutoencoderConfig, UNetConfig
+from d3epth_jax.models.config import TinyAutoencoderConfig, UNetConfig
 from d3epth_jax.models.depth_model import DepthModel, abstract_autoencoder, abstract_params
 from d3epth_jax.models.folding import NOT_FOLDED
 from d3epth_jax.schedule import NoiseSchedule
 from d3epth_jax.typing import Params
-from d3epth_jax.weights import convert, download, files, keys, prompt
+from d3epth_jax.weights import convert, download, files, keys, model_index, prompt
 from d3epth_jax.weights.download import STEM, locate
 from d3epth_jax.weights.prompt import PromptEncoder
 
@@ -38,8 +36,6 @@ log = logging.getLogger(__name__)
 
 PROMPT = "empty_prompt.safetensors"
 ORBAX = "orbax"  # the folder of {unet, encoder, decoder} in a model saved for JAX alone
-AUTOENCODERS = {"AutoencoderKL": AutoencoderKLConfig, "AutoencoderTiny": TinyAutoencoderConfig}
-DEPTH_PIPELINES = ("MarigoldDepthPipeline", "MarigoldPipeline")  # the second: Marigold's v1-0
 _OURS = {
     *("model_index.json", "unet", "vae", "scheduler", "text_encoder", "tokenizer", "README.md"),
     *(PROMPT, ORBAX, "feature_extractor", "safety_checker", ".gitattributes"),
@@ -90,12 +86,12 @@ def load_model(
             f"{directory} is not a model directory in diffusers' layout; missing: {missing}"
         )
     model, kind = _read_settings(directory)
-    predicts_depth = kind in DEPTH_PIPELINES
+    predicts_depth = kind in model_index.DEPTH_PIPELINES
     if not (predicts_depth or any_pipeline):
         raise ValueError(
-            f"{path_or_hub_id} is a {kind}, which predicts no depth. To train a depth model from"
-            " it: python -m d3epth_jax.main --config=configs/d2.py"
-            f" --config.init={path_or_hub_id}"
+            f"{path_or_hub_id} is a {kind}, which is not read as a model that predicts depth. To"
+            " train one from a Stable Diffusion: python -m d3epth_jax.main"
+            f" --config=configs/d2.py --config.init={path_or_hub_id}"
         )
     base = model.base or _origin(path_or_hub_id, directory)
     computed = {"dtype": dtype, "remat": remat, "attention": attention}
@@ -137,7 +133,7 @@ def save_model(
         prompted = {"text_encoder": text.params} if text else {}
         convert.require_range({"unet": params["unet"], "vae": vae, **prompted}, dtype)
     with files.fresh_directory(directory) as fresh:
-        atomic.write_json(fresh / "model_index.json", _index(model, text))
+        atomic.write_json(fresh / "model_index.json", model_index.write(model, text is not None))
         atomic.write_json(fresh / "unet/config.json", model.unet.to_dict())
         atomic.write_json(fresh / "vae/config.json", model.autoencoder.to_dict())
         atomic.write_json(fresh / "scheduler/scheduler_config.json", model.schedule.to_dict())
@@ -152,7 +148,7 @@ def save_model(
             files.write(fresh / PROMPT, {"prompt": np.asarray(params["prompt"][0], np.float32)})
         if text is not None:
             text.save(fresh, dtype=dtype, variant=variant)
-        (fresh / "README.md").write_text(_model_card(model))
+        (fresh / "README.md").write_text(model_index.card(model))
 
 
 def require_replaceable(directory: str | os.PathLike) -> None:
@@ -237,7 +233,9 @@ def push(
     with tempfile.TemporaryDirectory() as parent:
         directory = os.path.join(parent, "model")
         save(directory)
-        api.upload_folder(repo_id=repo_id, folder_path=directory)
+        # A card that somebody wrote there is worth more than ours.
+        kept = ["README.md"] if api.file_exists(repo_id, "README.md") else None
+        api.upload_folder(repo_id=repo_id, folder_path=directory, ignore_patterns=kept)
     return str(url)
 
 
@@ -256,24 +254,14 @@ def _read_settings(directory: pathlib.Path) -> tuple[DepthModel, str]:
     unet = read("unet/config.json", UNetConfig.from_dict)
     vae = read("vae/config.json", _autoencoder)
     schedule = read("scheduler/scheduler_config.json", NoiseSchedule.from_dict)
-    meaning = read("model_index.json", _meaning)
+    meaning = read("model_index.json", model_index.read)
     if problems:
         raise ValueError("\n".join(problems))
-    takes_depth = unet.in_channels == 2 * vae.latent_channels
     kind, meaning = meaning
-    if (
-        kind == "StableDiffusionPipeline"
-        and takes_depth
-        and schedule.timestep_spacing == "trailing"
-    ):
-        # How E2E-FT's training saves: the class it started from, and nothing of how it is used.
-        log.info(
-            "%s says nothing of its use; it is used as E2E-FT: one step from zero latents, at 768"
-            " pixels",
-            directory,
-        )
-        kind = DEPTH_PIPELINES[0]
-        meaning |= {"denoising_steps": 1, "starts_at_zero": True, "processing_resolution": 768}
+    takes_depth = unet.in_channels == 2 * vae.latent_channels
+    if model_index.may_be_e2e_ft(kind, takes_depth, schedule.timestep_spacing):
+        kind, used = model_index.e2e_ft(directory)
+        meaning |= used
     timestep = int(schedule.timesteps(1)[0])
     return DepthModel(unet, vae, schedule, timestep=timestep, **meaning), kind
 
@@ -281,38 +269,9 @@ def _read_settings(directory: pathlib.Path) -> tuple[DepthModel, str]:
 def _autoencoder(content: Mapping):
     """The configuration of an autoencoder's JSON, of the class that it names."""
     kind = content.get("_class_name", "AutoencoderKL")
-    if kind not in AUTOENCODERS:
-        raise ValueError(f"this is a {kind}: {' and '.join(AUTOENCODERS)} are read")
-    return AUTOENCODERS[kind].from_dict(content)
-
-
-def _meaning(index: Mapping) -> tuple[str, dict]:
-    """(pipeline class, fields of DepthModel) of a model_index.json."""
-    kind = index.get("_class_name")
-    kind = kind[-1] if isinstance(kind, list) and kind else kind  # of a pipeline with its own code
-    meaning = {
-        "prediction_type": index.get("prediction_type") or "depth",
-        "processing_resolution": index.get("default_processing_resolution"),
-        "processing_aspect": index.get("processing_aspect"),
-        "denoising_steps": index.get("default_denoising_steps"),
-        "starts_at_zero": index.get("initial_latent") == "zeros",
-        "prompt_padding": index.get("prompt_padding") or "do_not_pad",
-        "base": index.get("base_model") or "",
-    }
-    problems = []
-    for name, least in (("processing_resolution", 0), ("denoising_steps", 1)):
-        value = meaning[name]
-        if value is not None and (type(value) is not int or value < least):
-            problems.append(f"default_{name} {value!r} is no integer of at least {least}")
-    aspect = meaning["processing_aspect"]
-    if aspect is not None and (type(aspect) not in (int, float) or not 0 < aspect < math.inf):
-        problems.append(f"processing_aspect {aspect!r} is no width over height")
-    if kind in DEPTH_PIPELINES and meaning["prediction_type"] not in SPACES:
-        space = meaning["prediction_type"]
-        problems.append(f"prediction_type {space!r} is not one of {', '.join(SPACES)}")
-    if problems:
-        raise ValueError("; ".join(problems))
-    return str(kind), meaning
+    if kind not in model_index.AUTOENCODERS:
+        raise ValueError(f"this is a {kind}: {' and '.join(model_index.AUTOENCODERS)} are read")
+    return model_index.AUTOENCODERS[kind].from_dict(content)
 
 
 def _origin(path_or_hub_id, directory: pathlib.Path) -> str:
@@ -396,51 +355,3 @@ def _read_prompt(directory: pathlib.Path, model: DepthModel, text) -> np.ndarray
             f" cross_attention_dim is {model.unet.cross_attention_dim}"
         )
     return embedding
-
-
-def _index(model: DepthModel, text: PromptEncoder | None) -> dict:
-    kind = {cls: name for name, cls in AUTOENCODERS.items()}[type(model.autoencoder)]
-    return {
-        "_class_name": DEPTH_PIPELINES[0],
-        "unet": ["diffusers", "UNet2DConditionModel"],
-        "vae": ["diffusers", kind],
-        "scheduler": ["diffusers", "DDIMScheduler"],
-        "text_encoder": ["transformers", "CLIPTextModel"] if text else [None, None],
-        "tokenizer": ["transformers", "CLIPTokenizer"] if text else [None, None],
-        "prediction_type": model.prediction_type,
-        "scale_invariant": True,
-        "shift_invariant": True,
-        "default_denoising_steps": model.denoising_steps,
-        "default_processing_resolution": model.processing_resolution,
-        "prompt_padding": model.prompt_padding,
-        **({"processing_aspect": model.processing_aspect} if model.processing_aspect else {}),
-        **({"initial_latent": "zeros"} if model.starts_at_zero else {}),
-        "base_model": model.base,
-    }
-
-
-def _model_card(model: DepthModel) -> str:
-    """README.md of a saved model: what it is, what it came from, how to use it."""
-    name = model.base.split("@")[0]
-    base = f"base_model: {name}\n" if download.is_hub_id(name) else ""
-    origin = (
-        f"It was made from `{model.base}`; the licence of those weights applies to these."
-        if model.base
-        else "It was trained from random weights."
-    )
-    return f"""---
-library_name: d3epth_jax
-pipeline_tag: depth-estimation
-{base}---
-A monocular depth model written by `d3epth_jax`. {origin}
-
-```python
-import d3epth_jax
-
-pipe = d3epth_jax.DepthPipeline.from_pretrained("THIS DIRECTORY OR HUB ID")
-depth = pipe("photo.jpg").prediction  # float32 [1,H,W,1] in [0,1]
-```
-
-Its output is {model.prediction_type}, up to scale and shift: not metres. Default processing \
-resolution {model.processing_resolution or "of the picture"}, {model.denoising_steps} step(s).
-"""
