@@ -132,7 +132,7 @@ def training(stage: str) -> ConfigDict:
     config.job = "train"
     config.stage = stage
     config.workdir = f"runs/{stage}"
-    config.seed = 0
+    config.seed = 0  # of random weights, and of the order of files; scenes: data.source.seed
     config.cpu_devices = 2  # CPU cores shown to JAX as devices; no effect with an accelerator
     config.fsdp = 1  # devices that share one copy of the parameters
 
@@ -181,20 +181,20 @@ def training(stage: str) -> ConfigDict:
             "min_valid": 16,
         }
         config.loss = ConfigDict({"beta": beta, "preset": "default", "options": options})
+        config.weighting = ConfigDict(
+            {
+                "name": "dwa",  # | static | uncertainty
+                "dwa": {
+                    "temperature": 2.0,
+                    "window": 500,
+                    "ratio_clip": (0.5, 2.0),  # () for none, as Liu et al.
+                    "normalize": True,
+                },
+            }
+        )
     else:
         # `enc` counts where the student's own encoder trains, and only there.
         config.loss = ConfigDict({"beta": {"gt": 1.0, "out": 1.0, "feat": 0.1, "enc": 1.0}})
-    config.weighting = ConfigDict(
-        {
-            "name": "dwa",  # | static | uncertainty
-            "dwa": {
-                "temperature": 2.0,
-                "window": 500,
-                "ratio_clip": (0.5, 2.0),  # () for none, as Liu et al.
-                "normalize": True,
-            },
-        }
-    )
     config.schedule = ConfigDict(
         {
             "learning_rate": 5e-5 if stage == "latent" else 3e-6,
@@ -335,6 +335,7 @@ def on_data(config: ConfigDict, word: str) -> ConfigDict:
         config.eval.update(every=every, num_images=256)
     else:
         config.eval.source = validation
+        config.eval.processing_resolution = -1  # the model's own, as where it is used
     return config
 
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import logging
 import pathlib
 from collections.abc import Iterator
 
@@ -9,38 +10,74 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
+log = logging.getLogger(__name__)
+
 
 class Checkpoints:
-    """The checkpoints of one run; as a context manager it waits for pending saves."""
+    """The checkpoints of one run; as a context manager it waits for pending saves.
 
-    def __init__(self, directory: str | pathlib.Path, *, keep: int = 2):
-        self._manager = ocp.CheckpointManager(
-            pathlib.Path(directory).absolute(),
-            options=ocp.CheckpointManagerOptions(max_to_keep=keep, create=True),
+    keep: how many of the newest stay; None for a reader, which changes nothing, as the run may be
+    alive. What saves must be the only one that does: it deletes what a killed save left.
+    """
+
+    def __init__(self, directory: str | pathlib.Path, *, keep: int | None = None):
+        self._directory = pathlib.Path(directory).absolute()
+        self._options = ocp.CheckpointManagerOptions(
+            max_to_keep=keep,
+            read_only=keep is None,
+            create=keep is not None,
+            cleanup_tmp_directories=keep is not None,
         )
+        self._open()
+
+    def _open(self) -> None:
+        self._manager = ocp.CheckpointManager(self._directory, options=self._options)
 
     def __enter__(self):
         return self
 
     def __exit__(self, *exc):
-        self._manager.wait_until_finished()
-        self._manager.close()
+        try:
+            with self._telling():
+                self._manager.wait_until_finished()
+        finally:
+            self._manager.close()
 
     @property
     def latest(self) -> int | None:
         """The newest complete checkpoint's step, None where there is none."""
-        return self._manager.latest_step()
+        found = newest(self._directory)
+        return None if found is None else int(found.name)
 
     def save(self, step: int, state, data_position: dict) -> None:
-        """Saves in the background; a killed save leaves no half checkpoint behind."""
-        if step == self.latest:
-            return
-        self._manager.save(
-            step,
-            args=ocp.args.Composite(
-                state=ocp.args.StandardSave(state), data=ocp.args.JsonSave(data_position)
-            ),
-        )
+        """Saves in the background; a killed save leaves no half checkpoint behind.
+
+        A save that failed in the background is told in the log by the next one, which is made all
+        the same; OSError where that cannot begin, and at the end of the context.
+        """
+        try:
+            with self._telling():
+                self._manager.wait_until_finished()
+        except OSError as error:
+            log.warning("%s; trying again with step %d", error, step)
+            self._open()  # the old one would raise it again
+        with self._telling():
+            self._manager.save(
+                step,
+                args=ocp.args.Composite(
+                    state=ocp.args.StandardSave(state), data=ocp.args.JsonSave(data_position)
+                ),
+            )
+
+    @contextlib.contextmanager
+    def _telling(self) -> Iterator[None]:
+        """Makes an OSError of whatever Orbax raises where it cannot write."""
+        try:
+            yield
+        except Exception as error:
+            raise OSError(
+                f"a checkpoint in {self._directory} could not be written: {error}"
+            ) from error
 
     def restore(self, abstract_state):
         """The newest checkpoint as (state, data position), placed as `abstract_state` says.
@@ -53,7 +90,7 @@ class Checkpoints:
             state=ocp.args.StandardRestore(abstract_state), data=ocp.args.JsonRestore()
         )
         with _told(
-            f"the checkpoint of step {self.latest} in {self._manager.directory} does not fit this"
+            f"the checkpoint of step {self.latest} in {self._directory} does not fit this"
             " run's model, optimiser or trainable parameters, or is damaged; train into a new"
             " workdir or restore the old settings. Orbax says"
         ):
@@ -63,7 +100,8 @@ class Checkpoints:
 
 def newest(directory: pathlib.Path) -> pathlib.Path | None:
     """The folder of a run's newest checkpoint, None where there is none."""
-    steps = (path for path in directory.iterdir() if path.name.isdigit())
+    there = directory.iterdir() if directory.is_dir() else ()
+    steps = (path for path in there if path.name.isdigit())
     return max(steps, key=lambda path: int(path.name), default=None)
 
 

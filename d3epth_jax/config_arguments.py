@@ -23,13 +23,13 @@ OURS = ("__main__", "configs", "d3epth_jax")  # modules, with all below them
 def in_a_sentence() -> Iterator[None]:
     """An error that a person can mend ends the program with its words alone, and exit code 2.
 
-    These are what files and folders raise (OSError) and the ValueErrors of this project, which are
-    sentences for people. Whatever else, such as a ValueError of JAX in the middle of a training, is
-    no user's mistake and keeps its traceback; with --verbosity=1 all do.
+    These are what files and folders raise (OSError) and this project's ValueErrors and
+    RuntimeErrors, which are sentences for people. Whatever else, such as a ValueError of JAX in the
+    middle of a training, is no user's mistake and keeps its traceback; with --verbosity=1 all do.
     """
     try:
         yield
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RuntimeError) as error:
         if absl_logging.level_debug() or not (isinstance(error, OSError) or _is_ours(error)):
             raise
         print(f"d3epth_jax: {error}", file=sys.stderr)

@@ -52,6 +52,7 @@ def main(argv: list[str]) -> None:
         hosts.join(DISTRIBUTED.value)
         log.setLevel(logging.INFO if hosts.is_first() else logging.WARNING)
     sharding.require_devices()
+    hosts.meet("joined")  # the first to say something waits for the others, but not for long
     jobs = {name: config[name] for name in config.jobs} if "jobs" in config else {"": config}
     began = time.monotonic()
     filled = {name: fill_in(job, workdir) for name, job in jobs.items()}

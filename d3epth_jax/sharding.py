@@ -18,6 +18,8 @@ def use_cpu_cores(count: int) -> None:
     (2 cores, small UNet: 1.3 to 1.5 times the speed). On a machine with an accelerator this changes
     nothing: JAX uses the accelerator.
     """
+    if count < 1:
+        raise ValueError(f"cpu_devices must be at least 1, not {count}")
     # A device that waits for the others in an all-reduce blocks one thread of XLA's pool, by
     # default one per core: with none to spare a busy machine can come to a standstill.
     os.environ.setdefault("PJRT_NPROC", str(2 * count))

@@ -8,7 +8,7 @@ from d3epth_jax import checkpoint
 
 def test_a_damaged_array_is_told_in_a_sentence(tmp_path):
     state = {"kernel": jnp.arange(10_000.0)}
-    with checkpoint.Checkpoints(tmp_path) as checkpoints:
+    with checkpoint.Checkpoints(tmp_path, keep=2) as checkpoints:
         checkpoints.save(3, state, {"position": 1})
     files = [path for path in tmp_path.rglob("d/*") if path.is_file()]
     largest = max(files, key=lambda path: path.stat().st_size)
@@ -19,3 +19,47 @@ def test_a_damaged_array_is_told_in_a_sentence(tmp_path):
         pytest.raises(ValueError, match=told),
     ):
         checkpoints.restore(checkpoint.abstract(state))
+
+
+def test_a_save_that_failed_is_told_by_the_next_which_is_made(tmp_path, monkeypatch, caplog):
+    state = {"kernel": jnp.arange(10.0)}
+    with checkpoint.Checkpoints(tmp_path, keep=2) as checkpoints:
+        with monkeypatch.context() as patch:
+
+            def full():
+                raise ValueError("RESOURCE_EXHAUSTED: no space left on device")
+
+            patch.setattr(checkpoints._manager, "wait_until_finished", full)
+            checkpoints.save(4, state, {"position": 2})
+        assert "could not be written: RESOURCE_EXHAUSTED" in caplog.text
+        assert "trying again with step 4" in caplog.text
+    with checkpoint.Checkpoints(tmp_path) as checkpoints:
+        restored, position = checkpoints.restore(checkpoint.abstract(state))
+    assert checkpoints.latest == 4 and position == {"position": 2}
+    assert jnp.array_equal(restored["kernel"], state["kernel"])
+
+
+def test_a_disk_that_stays_full_is_told_in_a_sentence(tmp_path, monkeypatch):
+    checkpoints = checkpoint.Checkpoints(tmp_path, keep=2)
+
+    def full(*_, **__):
+        raise ValueError("RESOURCE_EXHAUSTED: no space left on device")
+
+    monkeypatch.setattr(checkpoints._manager, "save", full)
+    told = f"a checkpoint in {tmp_path} could not be written: RESOURCE_EXHAUSTED"
+    with checkpoints, pytest.raises(OSError, match=told):
+        checkpoints.save(4, {"kernel": jnp.arange(10.0)}, {})
+    assert checkpoints.latest is None
+
+
+def test_what_a_killed_save_left_is_deleted_by_a_writer_alone(tmp_path):
+    with checkpoint.Checkpoints(tmp_path, keep=2) as checkpoints:
+        checkpoints.save(1, {"kernel": jnp.arange(10.0)}, {})
+    left = tmp_path / "2.orbax-checkpoint-tmp"
+    left.mkdir()
+    with checkpoint.Checkpoints(tmp_path) as checkpoints:
+        assert checkpoints.latest == 1
+    assert left.is_dir()
+    with checkpoint.Checkpoints(tmp_path, keep=2) as checkpoints:
+        assert checkpoints.latest == 1
+    assert not left.exists()

@@ -5,6 +5,7 @@ import inspect
 import os
 import subprocess
 import sys
+import types
 
 import numpy as np
 import pytest
@@ -12,9 +13,10 @@ import pytest
 from configs import common, quickstart, stage2
 from configs import eval as eval_config
 from configs.nano import train as nano
-from d3epth_jax import argument_types, data, main
+from d3epth_jax import argument_types, data, main, sharding
 from d3epth_jax.config_arguments import in_a_sentence, wrong_keys
 from d3epth_jax.evaluation import evaluate
+from d3epth_jax.training import train
 from tests.conftest import write_pairs
 
 ROOT = main.pathlib.Path(__file__).parents[1]
@@ -106,10 +108,12 @@ def test_errors_that_nobody_expects_pass(raises):
 
 
 def test_errors_of_this_project_and_of_files_are_sentences(tmp_path, capsys):
-    unset = stage2.get_config("marigold")
+    unset, none = stage2.get_config("marigold"), types.SimpleNamespace(latest=None)
     for mistake, told in (
         (lambda: main.check_jobs({"": unset}), "d3epth_jax: set --config.data."),
         (lambda: (tmp_path / "nowhere").read_text(), "d3epth_jax: [Errno 2] No such file"),
+        (lambda: sharding.use_cpu_cores(0), "d3epth_jax: cpu_devices must be at least 1, not 0"),
+        (lambda: train.require_finite({"loss": np.nan}, 3, none), "d3epth_jax: step 3: not finite"),
     ):
         with pytest.raises(SystemExit) as stopped, in_a_sentence():
             mistake()

@@ -64,6 +64,14 @@ def test_settings_that_cannot_be_read_are_named(tmp_path):
         runs.claim(tmp_path, nano.teacher(tiny=True), in_use=True)
 
 
+def test_a_run_goes_on_on_other_hardware(tmp_path):
+    config = nano.teacher(tiny=True)
+    runs.claim(tmp_path, config, in_use=False)
+    config.update(fsdp=4, cpu_devices=1)
+    config.model.remat, config.train.accumulate = True, 8
+    runs.claim(tmp_path, config, in_use=True)
+
+
 def test_a_run_goes_on_in_no_other_space(tmp_path):
     config = nano.stage2(tiny=True)
     for before, now in ((None, "depth"), ("depth", None), ("depth", "disparity")):

@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import types
 
 import jax
 import numpy as np
@@ -41,7 +42,8 @@ def on_pairs(config: ConfigDict, pairs, steps: int = 6) -> ConfigDict:
     config.eval.update(num_images=0, num_pictures=1, batch_size=2, every=steps)
     config.model.processing_resolution = 48
     config.train.update(steps=steps, log_every=1, checkpoint_every=2)
-    config.weighting.dwa.window = 3  # a checkpoint every 2 steps falls inside windows
+    if "weighting" in config:
+        config.weighting.dwa.window = 3  # a checkpoint every 2 steps falls inside windows
     return config
 
 
@@ -392,9 +394,17 @@ def test_what_cannot_be_learnt_in_the_latent_stage_is_refused(pairs, tmp_path):
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_names_it():
+    checkpoints = types.SimpleNamespace(latest=5)
     with pytest.raises(train.TrainingError, match=r"step 7.*loss/ssi.*checkpoint is of step 5"):
-        train.require_finite({"loss/ssi": float("nan"), "loss": 1.0}, 7, 5)
-    train.require_finite({"loss": 1.0}, 7, 5)
+        train.require_finite({"loss/ssi": float("nan"), "loss": 1.0}, 7, checkpoints)
+    train.require_finite({"loss": 1.0}, 7, checkpoints)
+
+
+def test_maps_upside_down_are_not_taken_for_pictures_without_depth(caplog):
+    assert not train.tell_if_depthless({"without_loss": 1.0, "negative_scale": 1.0}, 3, False)
+    assert not caplog.text
+    assert train.tell_if_depthless({"without_loss": 1.0, "negative_scale": 0.0}, 3, False)
+    assert "no picture of the batch has depth" in caplog.text
 
 
 def test_profile_of_some_steps_is_written(pairs, tmp_path):
@@ -415,7 +425,7 @@ def test_a_profile_that_was_never_begun_is_not_told_as_made(tmp_path, caplog):
 
 def test_checkpoint_restores_into_shardings(tmp_path):
     state = {"a": jax.numpy.arange(4.0)}
-    with Checkpoints(tmp_path / "c") as checkpoints:
+    with Checkpoints(tmp_path / "c", keep=2) as checkpoints:
         assert checkpoints.latest is None
         checkpoints.save(3, state, {"next_index": 5})
     with Checkpoints(tmp_path / "c") as checkpoints:

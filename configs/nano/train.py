@@ -117,7 +117,8 @@ def training(stage: str, *, steps: int, learning_rate: float, tiny: bool) -> Con
     config.train.checkpoint_every = 4 if tiny else 500
     config.train.log_every = 2 if tiny else 50
     config.schedule.update(learning_rate=learning_rate, schedule="cosine", warmup_steps=200)
-    config.weighting.dwa.window = 200
+    if stage == "pixel":
+        config.weighting.dwa.window = 200
     return config
 
 

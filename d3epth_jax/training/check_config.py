@@ -58,9 +58,17 @@ def _check_choices(config) -> None:
     ]
     counts = ("steps", "accumulate", "log_every", "checkpoint_every", "keep_checkpoints")
     problems += too_small(config, "config", seed=0)
-    problems += too_small(config.data, "data", batch_size=1)
+    problems += too_small(config.data, "data", batch_size=1, num_workers=0)
     problems += too_small(config.train, "train", host_ema_every=0, **dict.fromkeys(counts, 1))
-    problems += too_small(config.optim, "optim", clip=0)
+    problems += too_small(config.optim, "optim", clip=0, weight_decay=0)
+    problems += [
+        f"{name}={value}: a number from 0 on and below 1 is expected"
+        for name, value in (
+            *((f"optim.{name}", config.optim[name]) for name in ("b1", "b2")),
+            ("train.max_ema_decay", config.train.max_ema_decay),
+        )
+        if not 0 <= value < 1
+    ]
     problems += too_small(config.teacher, "teacher", steps=0)
     problems += too_small(config.model, "model", processing_resolution=0)
     problems += too_small(config.loss.beta, "loss.beta", **dict.fromkeys(config.loss.beta, 0))
@@ -72,7 +80,7 @@ def _check_choices(config) -> None:
         problems.append(f"train.profile={config.train.profile} begins before step 1, the first")
     problems += wrong_settings(config.eval, ["what is trained"])
     problems += too_small(config.eval, "eval", every=1)
-    problems += too_small(config.schedule, "schedule", learning_rate=0)
+    problems += too_small(config.schedule, "schedule", learning_rate=0, warmup_steps=0)
     resolution, aspect = config.model.processing_resolution, config.model.processing_aspect
     if aspect is not None and not (aspect > 0 and resolution):
         problems.append(

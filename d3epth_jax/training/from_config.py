@@ -429,7 +429,7 @@ def read_run(workdir: pathlib.Path) -> Start:
             f"{path} has no setting {error}: it is of another version. A finished run's model is"
             f" in {workdir / 'model'}"
         ) from error
-    with Checkpoints(workdir / "checkpoints", keep=config.train.keep_checkpoints) as checkpoints:
+    with Checkpoints(workdir / "checkpoints") as checkpoints:
         if checkpoints.latest is None:
             raise FileNotFoundError(f"{workdir}/checkpoints holds no complete checkpoint")
         state = jax.eval_shape(lambda: init_train_state(trainable, tx, task_weights))

@@ -180,7 +180,7 @@ def train(training: Training, checkpoints: Checkpoints, output: pathlib.Path) ->
     progress = Progress(f"{config.stage} {workdir.name}", total, start=start)
     profile = Profile(workdir / "profile", *config.train.profile)
     found = None  # AbsRel of the last evaluation
-    waited = worked = 0.0
+    waited, since = 0.0, time.monotonic()
     depthless = False
     if not scored and (start % config.eval.every == 0 or start == total):
         # The run begins, or ended between this checkpoint and its scores.
@@ -198,27 +198,31 @@ def train(training: Training, checkpoints: Checkpoints, output: pathlib.Path) ->
                 jax.block_until_ready(metrics)
             if training.average:
                 training.average.update(step, training.state.params, last=step == total)
-            worked += time.monotonic() - asked
             progress.update(step, note=f"AbsRel {'-' if found is None else f'{found:.3f}'}")
             end = ending()  # asked once: it may come at any time
             save = end or step % config.train.checkpoint_every == 0 or step == total
-            if step % config.train.log_every == 0 or save:
+            log_line = save or step % config.train.log_every == 0
+            if log_line:
                 values = {name: float(value) for name, value in metrics.items()}
                 values["learning_rate"] = float(training.schedule(step - 1))
-                # Share of the time since the last such line that steps waited for data.
-                values["data_wait"] = waited / worked
-                waited = worked = 0.0
+                # Share of the time since the last such line that the host waited for data. What an
+                # accelerator was given is done by now: the metrics were.
+                values["data_wait"] = waited / (time.monotonic() - since)
                 writer.scalars(step, values)
-                require_finite(values, step, checkpoints.latest)
+                require_finite(values, step, checkpoints)
                 depthless |= tell_if_depthless(values, step, told=depthless)
             if save:
                 whole = dataclasses.replace(training.state, ema=training.averaged())
                 checkpoints.save(step, whole, training.batches.get_state())
             if end:
                 raise KeyboardInterrupt(f"ended after step {step}, of which a checkpoint is kept")
+            if log_line:
+                waited, since = 0.0, time.monotonic()
             if step % config.eval.every == 0 or step == total:
+                began = time.monotonic()
                 progress.clear()
                 found = training.validate(step, writer)
+                since += time.monotonic() - began
         training.save_model(output)
 
 
@@ -295,6 +299,7 @@ def tell_scores(stage: str, workdir: pathlib.Path) -> None:
 def tell_if_depthless(values: dict[str, float], step: int, told: bool) -> bool:
     """Whether no picture of the step was compared with its depth; a line in the log unless told."""
     depthless = 1 in (values.get("without_loss"), values.get("without_gt"))
+    depthless &= not values.get("negative_scale")  # upside down they are, not without depth
     if depthless and not told:
         log.warning(
             "step %d: no picture of the batch has depth to be compared with (without_loss or"
@@ -305,12 +310,13 @@ def tell_if_depthless(values: dict[str, float], step: int, told: bool) -> bool:
     return depthless
 
 
-def require_finite(values: dict[str, float], step: int, checkpoint: int | None) -> None:
+def require_finite(values: dict[str, float], step: int, checkpoints: Checkpoints) -> None:
     broken = {name: value for name, value in values.items() if not math.isfinite(value)}
     if broken:
         raise TrainingError(
-            f"step {step}: not finite: {broken}. The newest checkpoint is of step {checkpoint};"
-            " lower schedule.learning_rate or optim.clip, or set model.dtype to float32"
+            f"step {step}: not finite: {broken}. The newest checkpoint is of step"
+            f" {checkpoints.latest}. Lower schedule.learning_rate or optim.clip, or set model.dtype"
+            " to float32, with another --workdir; `init`, this one's path, goes on from there"
         )
 
 
