@@ -22,16 +22,11 @@ class Checkpoints:
 
     def __init__(self, directory: str | pathlib.Path, *, keep: int | None = None):
         self._directory = pathlib.Path(directory).absolute()
-        self._options = ocp.CheckpointManagerOptions(
-            max_to_keep=keep,
-            read_only=keep is None,
-            create=keep is not None,
-            cleanup_tmp_directories=keep is not None,
+        writes = keep is not None
+        options = ocp.CheckpointManagerOptions(
+            max_to_keep=keep, create=writes, cleanup_tmp_directories=writes
         )
-        self._open()
-
-    def _open(self) -> None:
-        self._manager = ocp.CheckpointManager(self._directory, options=self._options)
+        self._manager = ocp.CheckpointManager(self._directory, options=options)
 
     def __enter__(self):
         return self
@@ -60,7 +55,6 @@ class Checkpoints:
                 self._manager.wait_until_finished()
         except OSError as error:
             log.warning("%s; trying again with step %d", error, step)
-            self._open()  # the old one would raise it again
         with self._telling():
             self._manager.save(
                 step,
@@ -74,6 +68,8 @@ class Checkpoints:
         """Makes an OSError of whatever Orbax raises where it cannot write."""
         try:
             yield
+        except (AssertionError, AttributeError, TypeError):
+            raise  # a mistake in the program
         except Exception as error:
             raise OSError(
                 f"a checkpoint in {self._directory} could not be written: {error}"

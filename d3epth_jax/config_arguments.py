@@ -38,6 +38,8 @@ def in_a_sentence() -> Iterator[None]:
 
 def _is_ours(error: Exception) -> bool:
     """Whether it was raised in this project, rather than in a library that it calls."""
+    if isinstance(error, RuntimeError):  # JAX raises its own from no frame of Python's
+        return type(error).__module__.partition(".")[0] in OURS
     *_, (frame, _) = traceback.walk_tb(error.__traceback__)
     return frame.f_globals.get("__name__", "").partition(".")[0] in OURS
 

@@ -236,7 +236,7 @@ def _settings(args: argparse.Namespace) -> dict:
     known = _arguments(args.source)
     if "path" not in known:
         raise ValueError(f"{args.source} makes its samples: it has no folder {args.path} to read")
-    settings = dict(USUAL.get(args.source, {}))
+    settings = {}
     for text in args.set:
         key, equals, value = text.partition("=")
         if not equals:
@@ -263,6 +263,7 @@ def _open(args: argparse.Namespace, settings: dict, *, skip: bool = False):
     """The source, and with `skip` the problems for which it lacks samples."""
     from d3epth_jax import data
 
+    settings = USUAL.get(args.source, {}) | settings
     if skip and "on_error" in _arguments(args.source):
         settings = {"on_error": "skip"} | settings
     try:

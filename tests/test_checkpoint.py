@@ -23,14 +23,17 @@ def test_a_damaged_array_is_told_in_a_sentence(tmp_path):
 
 def test_a_save_that_failed_is_told_by_the_next_which_is_made(tmp_path, monkeypatch, caplog):
     state = {"kernel": jnp.arange(10.0)}
+    errors = [ValueError("RESOURCE_EXHAUSTED: no space left on device")]
     with checkpoint.Checkpoints(tmp_path, keep=2) as checkpoints:
-        with monkeypatch.context() as patch:
+        wait = checkpoints._manager.wait_until_finished
 
-            def full():
-                raise ValueError("RESOURCE_EXHAUSTED: no space left on device")
+        def fails_once():
+            wait()
+            if errors:
+                raise errors.pop()
 
-            patch.setattr(checkpoints._manager, "wait_until_finished", full)
-            checkpoints.save(4, state, {"position": 2})
+        monkeypatch.setattr(checkpoints._manager, "wait_until_finished", fails_once)
+        checkpoints.save(4, state, {"position": 2})
         assert "could not be written: RESOURCE_EXHAUSTED" in caplog.text
         assert "trying again with step 4" in caplog.text
     with checkpoint.Checkpoints(tmp_path) as checkpoints:
@@ -62,4 +65,5 @@ def test_what_a_killed_save_left_is_deleted_by_a_writer_alone(tmp_path):
     assert left.is_dir()
     with checkpoint.Checkpoints(tmp_path, keep=2) as checkpoints:
         assert checkpoints.latest == 1
+        checkpoints.save(3, {"kernel": jnp.arange(10.0)}, {})
     assert not left.exists()

@@ -151,7 +151,7 @@ def test_a_run_of_another_version_is_not_converted(tmp_path, capsys):
     (tmp_path / "run/config.json").write_text('{"seed": 0}')
     assert cli.main(["convert", str(tmp_path / "run"), str(tmp_path / "out")]) == 2
     told = capsys.readouterr().err
-    assert "config.json has no setting" in told and "'teacher'" in told
+    assert "config.json is of another version, without" in told and "'teacher'" in told
 
 
 def test_stable_diffusion_itself_is_refused_with_advice(tmp_path):

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import types
 
+import jax
 import numpy as np
 import pytest
 
@@ -95,15 +96,20 @@ def test_a_mistake_in_the_program_keeps_its_traceback(tmp_path):
     assert "return 'mine'.missing" in result.stderr
 
 
+def raise_(error):
+    raise error
+
+
 @pytest.mark.parametrize(
     "raises",
     [
         lambda: np.zeros(3).reshape(2),  # a library's ValueError
         lambda: main.fill_in({}, ""),  # no ConfigDict
+        lambda: raise_(jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory")),
     ],
 )
 def test_errors_that_nobody_expects_pass(raises):
-    with pytest.raises((ValueError, AttributeError)), in_a_sentence():
+    with pytest.raises((ValueError, AttributeError, RuntimeError)), in_a_sentence():
         raises()
 
 

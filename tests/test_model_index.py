@@ -60,8 +60,11 @@ def test_null_is_no_where_diffusers_converter_writes_it():
         UNetConfig.from_dict(written | {"in_channels": None})
 
 
-@pytest.mark.parametrize("there", [False, True])
-def test_a_card_on_the_hub_is_kept(there, monkeypatch):
+@pytest.mark.parametrize(
+    ("card", "kept"),
+    [(None, None), ("my own words", ["README.md"]), (f"A model {model_index.WRITTEN}.", None)],
+)
+def test_a_card_of_somebodys_own_on_the_hub_is_kept(card, kept, tmp_path, monkeypatch):
     calls = []
 
     class Api:
@@ -72,11 +75,15 @@ def test_a_card_on_the_hub_is_kept(there, monkeypatch):
             return f"https://huggingface.co/{repo_id}"
 
         def file_exists(self, repo_id, name):
-            return there
+            return card is not None
+
+        def hf_hub_download(self, repo_id, name):
+            (tmp_path / name).write_text(card)
+            return str(tmp_path / name)
 
         def upload_folder(self, **given):
             calls.append(given)
 
     monkeypatch.setattr(huggingface_hub, "HfApi", Api)
     assert hub.push("me/mine", lambda directory: None, token=None, private=None).endswith("me/mine")
-    assert calls[0]["ignore_patterns"] == (["README.md"] if there else None)
+    assert calls[0]["ignore_patterns"] == kept

@@ -424,11 +424,11 @@ def read_run(workdir: pathlib.Path) -> Start:
         _, (model, _, text), trainable, rest = make_models(config)
         tx, _ = make_optimizer(config)
         task_weights = make_weighting(config, len(tasks_of(config)))
-    except (AttributeError, KeyError) as error:
-        raise ValueError(
-            f"{path} has no setting {error}: it is of another version. A finished run's model is"
-            f" in {workdir / 'model'}"
-        ) from error
+    except AttributeError as error:
+        if not isinstance(error.args[0], KeyError):  # which is a ConfigDict's
+            raise
+        told = f"{path} is of another version, without {error}: name {workdir}/model, if there"
+        raise ValueError(told) from error
     with Checkpoints(workdir / "checkpoints") as checkpoints:
         if checkpoints.latest is None:
             raise FileNotFoundError(f"{workdir}/checkpoints holds no complete checkpoint")

@@ -16,7 +16,7 @@ from d3epth_jax.weights import files, hub
 FREE = (
     *(".workdir", ".train.log_every", ".train.checkpoint_every", ".train.keep_checkpoints"),
     *(".model.attention", ".train.profile", ".eval.batch_size", ".eval.num_pictures"),
-    *(".fsdp", ".cpu_devices", ".train.accumulate", ".model.remat", ".train.save_start"),
+    *(".fsdp", ".cpu_devices", ".train.accumulate", ".model.remat"),
 )
 
 

@@ -180,11 +180,11 @@ def train(training: Training, checkpoints: Checkpoints, output: pathlib.Path) ->
     progress = Progress(f"{config.stage} {workdir.name}", total, start=start)
     profile = Profile(workdir / "profile", *config.train.profile)
     found = None  # AbsRel of the last evaluation
-    waited, since = 0.0, time.monotonic()
     depthless = False
     if not scored and (start % config.eval.every == 0 or start == total):
         # The run begins, or ended between this checkpoint and its scores.
         found = training.validate(start, writer)
+    waited, since = 0.0, time.monotonic()
     with contextlib.closing(writer), profile, hosts.asked_to_end() as ending:
         for step in range(start + 1, total + 1):
             profile.at(step)

@@ -233,8 +233,11 @@ def push(
     with tempfile.TemporaryDirectory() as parent:
         directory = os.path.join(parent, "model")
         save(directory)
-        # A card that somebody wrote there is worth more than ours.
-        kept = ["README.md"] if api.file_exists(repo_id, "README.md") else None
+        kept = None
+        if api.file_exists(repo_id, "README.md"):
+            card = pathlib.Path(api.hf_hub_download(repo_id, "README.md"))
+            if model_index.WRITTEN not in card.read_text(encoding="utf-8"):
+                kept = ["README.md"]  # what somebody wrote is worth more than ours
         api.upload_folder(repo_id=repo_id, folder_path=directory, ignore_patterns=kept)
     return str(url)
 

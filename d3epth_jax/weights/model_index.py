@@ -13,6 +13,7 @@ from d3epth_jax.weights import download
 log = logging.getLogger(__name__)
 
 AUTOENCODERS = {"AutoencoderKL": AutoencoderKLConfig, "AutoencoderTiny": TinyAutoencoderConfig}
+WRITTEN = "written by `d3epth_jax`"  # in our model cards alone
 DEPTH_PIPELINES = ("MarigoldDepthPipeline", "MarigoldPipeline")  # the second: Marigold's v1-0
 
 
@@ -115,7 +116,7 @@ def card(model: DepthModel) -> str:
 library_name: d3epth_jax
 pipeline_tag: depth-estimation
 {base}---
-A monocular depth model written by `d3epth_jax`. {origin}
+A monocular depth model {WRITTEN}. {origin}
 
 ```python
 import d3epth_jax
