@@ -4,11 +4,14 @@ import contextlib
 import json
 import logging
 import pathlib
+import shutil
 from collections.abc import Iterator
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+
+from d3epth_jax import hosts
 
 log = logging.getLogger(__name__)
 
@@ -22,10 +25,11 @@ class Checkpoints:
 
     def __init__(self, directory: str | pathlib.Path, *, keep: int | None = None):
         self._directory = pathlib.Path(directory).absolute()
-        writes = keep is not None
-        options = ocp.CheckpointManagerOptions(
-            max_to_keep=keep, create=writes, cleanup_tmp_directories=writes
-        )
+        if keep is not None and hosts.is_first():
+            # Orbax would do so in a thread, which trips over the end of a run that saves nothing.
+            for left in self._directory.glob("*.orbax-checkpoint-tmp*"):
+                shutil.rmtree(left)
+        options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=keep is not None)
         self._manager = ocp.CheckpointManager(self._directory, options=options)
 
     def __enter__(self):
