@@ -110,19 +110,12 @@ def add_convert(commands) -> None:
     )
     parser.set_defaults(run=convert)
     add = parser.add_argument
-    add(
-        "source",
-        type=a_name,
-        help="a model directory, a hub id OWNER/NAME, or the workdir of a run",
-    )
+    add("source", type=a_name,
+        help="a model directory, a hub id OWNER/NAME, or the workdir of a run")  # fmt: skip
     add("out", type=a_path, help="the directory to write; an old one is replaced")
     add("--dtype", choices=("float32", "bfloat16", "float16"), help="default: as they are")
-    add(
-        "--save-variant",
-        type=a_name,
-        metavar="NAME",
-        help="put into the names of the weights' files (fp16)",
-    )
+    add("--save-variant", type=a_name, metavar="NAME",
+        help="put into the names of the weights' files (fp16)")  # fmt: skip
     add("--layout", choices=("diffusers", "orbax"), default="diffusers",
         help="orbax: weights as one Orbax tree, for JAX alone")  # fmt: skip
     _add_where(parser)

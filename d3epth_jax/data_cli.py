@@ -260,7 +260,7 @@ def _arguments(source: str):
 
 
 def _open(args: argparse.Namespace, settings: dict, *, skip: bool = False):
-    """The source, and with `skip` the problems for which it lacks samples."""
+    """The source, and the problems for which it lacks samples: of one that skips, as by `skip`."""
     from d3epth_jax import data
 
     settings = USUAL.get(args.source, {}) | settings

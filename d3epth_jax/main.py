@@ -52,7 +52,8 @@ def main(argv: list[str]) -> None:
         hosts.join(DISTRIBUTED.value)
         log.setLevel(logging.INFO if hosts.is_first() else logging.WARNING)
     sharding.require_devices()
-    hosts.meet("joined")  # the first to say something waits for the others, but not for long
+    # On CPUs the first meeting of all gives up after half a minute: it must not be in a long job.
+    hosts.meet("joined")
     jobs = {name: config[name] for name in config.jobs} if "jobs" in config else {"": config}
     began = time.monotonic()
     filled = {name: fill_in(job, workdir) for name, job in jobs.items()}
