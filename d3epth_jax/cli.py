@@ -16,12 +16,10 @@ from collections.abc import Iterable, Iterator, Sequence
 from d3epth_jax import __version__, atomic, data_cli
 from d3epth_jax.argument_types import a_name, a_path, in_range
 from d3epth_jax.bench import cli as bench_cli
-from d3epth_jax.output import cannot_be_made, show
+from d3epth_jax.output import INTERRUPTED, OK, SOME_FAILED, UNUSABLE, cannot_be_made, show
 from d3epth_jax.pictures import EXPECTED, Picture, find_pictures, name_outputs, reason
 
 log = logging.getLogger(__name__)
-
-OK, SOME_FAILED, UNUSABLE, INTERRUPTED = 0, 1, 2, 130
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -7,6 +7,8 @@ import pathlib
 
 import jax
 
+from d3epth_jax.user_cache import user_cache
+
 log = logging.getLogger(__name__)
 
 MOST = 2 * 1024**3  # bytes of programs; the quickstart's are 0.03 GiB
@@ -30,8 +32,7 @@ def use_compilation_cache() -> None:
     if jax.config.jax_compilation_cache_dir:
         return
     try:
-        home = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
-        folder = pathlib.Path(home) / "d3epth_jax" / "xla"
+        folder = user_cache("xla")
         # Programs in it are run: nobody else may write there.
         folder.mkdir(parents=True, exist_ok=True)
         folder.chmod(0o700)

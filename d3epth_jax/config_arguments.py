@@ -15,7 +15,8 @@ from collections.abc import Iterator, Sequence
 from absl import flags
 from absl import logging as absl_logging
 
-UNUSABLE = 2
+from d3epth_jax.output import UNUSABLE
+
 OURS = ("__main__", "configs", "d3epth_jax")  # modules, with all below them
 
 

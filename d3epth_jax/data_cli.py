@@ -7,16 +7,17 @@ import argparse
 import ast
 import difflib
 import inspect
+import os
 import pathlib
 import sys
 import time
 from collections.abc import Sequence
 
 from d3epth_jax.argument_types import a_path, in_range
-from d3epth_jax.output import show
+from d3epth_jax.output import OK, SOME_FAILED, UNUSABLE, show
 from d3epth_jax.progress import Progress
+from d3epth_jax.tables import format_table
 
-OK, PROBLEMS, UNUSABLE = 0, 1, 2
 FILTERS = ("min_range", "min_contrast", "max_invalid")
 SHEET_ROWS = 12
 BATCH = 4  # of the speed measured
@@ -92,7 +93,7 @@ def _add_speed(commands) -> None:
 def _add_source(parser) -> None:
     add = parser.add_argument
     add("source", help="its name in configs, such as folder or hypersim, or tfds:NAME[/SPLIT]")
-    add("path", help="the data set's folder (TFDS: the folder of data sets)")
+    add("path", type=a_path, help="the data set's folder (TFDS: the folder of data sets)")
     add("--set", action="append", default=[], metavar="KEY=VALUE",
         help="a setting of the source; repeat as needed. A folder's depth_scale is 1000 counts "
         "per metre if not set")  # fmt: skip
@@ -127,7 +128,7 @@ def check(args: argparse.Namespace) -> int:
         problems += checking.damaged_shards(source) + of_the_set
     except (OSError, ValueError) as error:
         return _unusable(error)
-    _print_table(findings)
+    show(_table(findings))
     problems += [problem for finding in findings for problem in finding.problems]
     sound = [i for i, finding in enumerate(findings) if not finding.problems]
     kept = [i for i in sound if not findings[i].rejected]
@@ -147,13 +148,11 @@ def check(args: argparse.Namespace) -> int:
     problems = list(dict.fromkeys(problems))
     if problems:
         show("\n  ".join([f"{len(problems)} problem(s):", *problems]))
-    return PROBLEMS if problems else OK
+    return SOME_FAILED if problems else OK
 
 
 def build(args: argparse.Namespace) -> int:
     """`d3epth data build`: the exit code."""
-    import os
-
     from d3epth_jax.data import build as building
     from d3epth_jax.data.sources.files import SourceError
 
@@ -174,7 +173,7 @@ def build(args: argparse.Namespace) -> int:
             origin={
                 "name": args.source,
                 **settings,
-                "path": str(pathlib.Path(args.path).resolve()),
+                "path": str(args.path.resolve()),
             },
             size=None if args.height is None else (args.height, args.width),
             crop=args.crop or "center",
@@ -187,7 +186,7 @@ def build(args: argparse.Namespace) -> int:
         )
     except SourceError as error:
         print(f"d3epth: {error}", file=sys.stderr)
-        return PROBLEMS
+        return SOME_FAILED
     except (OSError, ValueError) as error:
         return _unusable(error)
     folder = args.out / made["plan"]["dataset"] / building.VERSION
@@ -263,6 +262,8 @@ def _open(args: argparse.Namespace, settings: dict, *, skip: bool = False):
     """The source, and the problems for which it lacks samples: of one that skips, as by `skip`."""
     from d3epth_jax import data
 
+    if not args.path.is_dir():
+        raise NotADirectoryError(f"{args.path}: no such folder")
     settings = USUAL.get(args.source, {}) | settings
     if skip and "on_error" in _arguments(args.source):
         settings = {"on_error": "skip"} | settings
@@ -278,18 +279,15 @@ def _unusable(error: Exception) -> int:
     return UNUSABLE
 
 
-def _print_table(findings: Sequence) -> None:
+def _table(findings: Sequence) -> str:
+    """A row for each group, and one for all."""
     groups: dict[str, list] = {}
     for finding in findings:
         groups.setdefault(finding.group, []).append(finding)
     if len(groups) > 1:
         groups["all"] = list(findings)
     head = ("group", "samples", "size", "2..98 % (m)", "medians (m)", "known")
-    rows = [head, *(_row(name, group) for name, group in groups.items())]
-    widths = [max(len(row[column]) for row in rows) for column in range(len(head))]
-    for row in rows:
-        cells = zip(row[1:], widths[1:], strict=True)
-        show("  ".join([row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in cells)]))
+    return format_table(head, [_row(name, group) for name, group in groups.items()])
 
 
 def _row(name: str, findings: Sequence) -> tuple[str, ...]:

@@ -23,6 +23,7 @@ from ml_collections import ConfigDict, config_flags
 
 from d3epth_jax import config_arguments, hosts, sharding
 from d3epth_jax.compilation_cache import use_compilation_cache
+from d3epth_jax.output import INTERRUPTED
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "The config file.", lock_config=True)
 WORKDIR = flags.DEFINE_string("workdir", None, "Output folder; the config's own by default.")
@@ -65,7 +66,7 @@ def main(argv: list[str]) -> None:
         log.warning(
             "interrupted: %s; the same command goes on", str(error) or "what was done is kept"
         )
-        sys.exit(130)
+        sys.exit(INTERRUPTED)
     log.info("done in %.0f s; everything is in %s", time.monotonic() - began, workdir)
 
 

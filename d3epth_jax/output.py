@@ -4,6 +4,9 @@ import os
 import pathlib
 import sys
 
+# Exit codes of all commands. UNUSABLE: nothing could be done with the arguments, as argparse's own.
+OK, SOME_FAILED, UNUSABLE, INTERRUPTED = 0, 1, 2, 130
+
 
 def show(text: str) -> None:
     """Prints it. Where nobody reads any more (`| head`), goes on: what follows must not be lost."""

@@ -14,8 +14,8 @@ NAME = PACKAGE.name
 # Bottom first. A name is a module, or a folder with all that is in it but what a lower layer names.
 # A module may import its own layer and those below; within a layer no circle.
 LAYERS = [
-    "typing atomic output tables memory schedule alignment targets losses weighting metrics"
-    " evaluation.protocols image ensemble",
+    "typing atomic output tables memory user_cache schedule alignment targets losses weighting"
+    " metrics evaluation.protocols image ensemble",
     "models",
     "weights data sharding hosts compilation_cache checkpoint metric_writer"
     " training.optim training.train_state",

@@ -18,9 +18,7 @@ from d3epth_jax import __version__
 from d3epth_jax.argument_types import a_path
 from d3epth_jax.bench import measure
 from d3epth_jax.bench.plan import WHAT, plan, problems_of
-from d3epth_jax.output import show
-
-OK, SOME_FAILED = 0, 1
+from d3epth_jax.output import OK, SOME_FAILED, show
 
 # What is measured where nothing else is said.
 USUAL = {"what": ["predict"], "dtype": "float32", "batch": [1], "fold": "yes", "out": None}

@@ -4,7 +4,6 @@ import dataclasses
 import hashlib
 import json
 import logging
-import os
 import pathlib
 from collections.abc import Mapping
 
@@ -16,6 +15,7 @@ from d3epth_jax import atomic
 from d3epth_jax.models.config import TextEncoderConfig
 from d3epth_jax.models.text_encoder import TextEncoder
 from d3epth_jax.typing import Params
+from d3epth_jax.user_cache import user_cache
 from d3epth_jax.weights import convert, files, keys, tokenizer
 
 log = logging.getLogger(__name__)
@@ -104,7 +104,7 @@ def empty_prompt(encoder: PromptEncoder, directory: pathlib.Path, padding: str) 
             f"{directory}: the tokenizer's ids {ids} exceed the text encoder's vocabulary"
         )
     name = hashlib.sha256(json.dumps([encoder.config, ids, encoder.origin]).encode()).hexdigest()
-    cached = cache_folder() / f"{name}.safetensors"
+    cached = user_cache("prompts") / f"{name}.safetensors"
     try:
         return files.read(cached)["prompt"].copy()
     except (FileNotFoundError, ValueError, KeyError):
@@ -118,11 +118,6 @@ def empty_prompt(encoder: PromptEncoder, directory: pathlib.Path, padding: str) 
     except OSError as error:
         log.info("the empty prompt's embedding is not cached: %s", error)
     return prompt
-
-
-def cache_folder() -> pathlib.Path:
-    home = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
-    return pathlib.Path(home) / "d3epth_jax" / "prompts"
 
 
 def abstract_params(config: TextEncoderConfig) -> Params:
