@@ -40,8 +40,11 @@ def denoise(
 ) -> Latent:
     """The depth latent [B,h,w,C] after n DDIM steps from `depth_latent`, as diffusers': inference.
 
-    For what this project trains one step gives z0 exactly, from any `depth_latent`.
+    For what this project trains one step gives z0 exactly, from any `depth_latent`. ValueError for
+    several steps of a model that is folded for one.
     """
+    if model.folding.of_one_step and num_inference_steps != 1:
+        raise ValueError(f"{num_inference_steps} steps, but the model is folded for one alone")
 
     def step(latent, timestep):
         output, _ = _unet(model, params, rgb_latent, latent, timestep)

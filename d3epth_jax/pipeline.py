@@ -7,13 +7,11 @@ import dataclasses
 import functools
 import logging
 import os
-from collections.abc import Sequence
 
 import jax
 import numpy as np
-from PIL import Image
 
-from d3epth_jax import ensemble, inference, memory, sharding
+from d3epth_jax import ensemble, inference, memory, picture_arrays, sharding
 from d3epth_jax import image as image_lib
 from d3epth_jax.models.depth_model import DepthModel
 from d3epth_jax.typing import Params
@@ -71,8 +69,17 @@ class DepthPipeline:
         """
         self.model, self.text = model, text
         self.mesh = mesh or sharding.make_mesh(devices=jax.local_devices()[:1])
+        self.fold = fold
         self.params = sharding.put_params(params, self.mesh, dtype)
-        self.fold, self._variants = fold, {}
+
+    @property
+    def params(self) -> Params:
+        """The parameters, not folded. Others may be set: the next call computes with those."""
+        return self._params
+
+    @params.setter
+    def params(self, params: Params) -> None:
+        self._params, self._variants = params, {}
 
     @classmethod
     def from_pretrained(
@@ -175,7 +182,7 @@ class DepthPipeline:
         )
         steps = _given(num_inference_steps, self.model.denoising_steps)
         resolution = _given(processing_resolution, self.model.processing_resolution)
-        pictures = _as_list(images)
+        pictures = picture_arrays.as_arrays(images)
         size = pictures[0].shape[:2]
         inner = image_lib.processing_size(*size, resolution, self.model.processing_aspect)
         self._tell_of_other_shapes(size, inner)
@@ -274,6 +281,12 @@ class DepthPipeline:
         for name, count in {"batch_size": batch_size, "ensemble_size": ensemble_size}.items():
             if count < 1:
                 problems.append(f"{name} must be at least 1, not {count}")
+        folded_for = latents is None and self.model.one_step_from_zero(steps)
+        if self.model.folding.of_one_step and not folded_for:
+            problems.append(
+                "the model is folded for one step from zero latents: for others make the pipeline"
+                " of what it was folded from"
+            )
         if output_uncertainty and ensemble_size < 3:  # of two the median deviation is 0
             problems.append("output_uncertainty compares members: set ensemble_size to 3 or more")
         if zeros and ensemble_size > 1:
@@ -393,55 +406,6 @@ def _tell(model: DepthModel, level: int, message: str) -> None:
 
 def _given(value: int | None, default: int | None) -> int | None:
     return default if value is None else value
-
-
-def _as_list(images) -> list[np.ndarray]:
-    """Pictures as arrays [H,W,3] of one size: uint8, or float32 in [0,1] where that keeps more."""
-    if isinstance(images, str | os.PathLike | Image.Image) or (
-        isinstance(images, np.ndarray | jax.Array) and images.ndim < 4
-    ):
-        images = [images]
-    listed = isinstance(images, Sequence | np.ndarray | jax.Array)
-    if not listed or isinstance(images, bytes) or not len(images):
-        raise ValueError("no picture given: a path, a PIL picture, an array, or a list of these")
-    pictures, problems = [], []
-    for number, given in enumerate(images):
-        try:
-            pictures.append(_as_picture(given))
-        except (OSError, ValueError) as error:
-            problems.append(f"number {number}: {error}")
-            continue
-        if pictures[-1].shape[:2] != pictures[0].shape[:2]:
-            sizes = [f"{p.shape[1]}x{p.shape[0]}" for p in (pictures[-1], pictures[0])]
-            problems.append(f"number {number}: {sizes[0]} pixels, but the first has {sizes[1]}")
-    if problems:
-        raise ValueError("\n  ".join(["pictures that cannot be used:", *problems]))
-    return pictures
-
-
-def _as_picture(given) -> np.ndarray:
-    if isinstance(given, str | os.PathLike):
-        return image_lib.load(given)
-    if isinstance(given, Image.Image):
-        return image_lib.from_pil(given)
-    array = np.asarray(given)
-    if array.ndim == 2:
-        array = array[..., None]
-    if array.ndim != 3 or array.shape[-1] not in (1, 3, 4) or 0 in array.shape:
-        raise ValueError(f"an array [H,W] or [H,W,1|3|4] is expected, not {list(array.shape)}")
-    array = array[..., :3] if array.shape[-1] == 4 else array
-    array = np.broadcast_to(array, (*array.shape[:2], 3))
-    if array.dtype == np.uint8:
-        return array
-    if array.dtype == np.uint16:
-        image_lib.require_16_bits(array.max())
-        return array.astype(np.float32) / 65535
-    if not jax.numpy.issubdtype(array.dtype, jax.numpy.floating):
-        raise ValueError(f"uint8, uint16, or float in [0,1] is expected, not {array.dtype}")
-    array = array.astype(np.float32)
-    if not (array >= 0).all() or not (array <= 1).all():  # also false for NaN
-        raise ValueError("a float picture must be finite and in [0,1]")
-    return array
 
 
 def _to_signed(picture: np.ndarray) -> np.ndarray:

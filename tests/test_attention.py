@@ -6,10 +6,12 @@ import numpy as np
 import pytest
 
 from d3epth_jax.models import attention as module
-from d3epth_jax.models import presets
+from d3epth_jax.models import layers, presets
 from d3epth_jax.models.attention import attention
 from d3epth_jax.models.config import AutoencoderKLConfig
 from d3epth_jax.models.depth_model import DepthModel, abstract_params
+from d3epth_jax.models.unet import UNet
+from tests.conftest import small_unet
 
 QUERIES, KEYS = 13, 7
 
@@ -191,14 +193,34 @@ def test_the_fused_kernel_is_chosen_where_it_can_be(
     mask = np.ones((tokens, tokens), bool) if masked else None
     jax.eval_shape(lambda x: attention(x, x, x, mask), x)
     assert seen == (["cudnn"] if fused else [])
-    prompt = jax.ShapeDtypeStruct((1, 77, 2, depth), dtype)
-    jax.eval_shape(lambda x, prompt: attention(x, prompt, prompt), x, prompt)
+    # The second prompt has as many tokens as there are cells.
+    prompts = [jax.ShapeDtypeStruct((1, count, 2, depth), dtype) for count in (77, tokens)]
+
+    def to_a_prompt(prompt):
+        jax.eval_shape(lambda x, prompt: attention(x, prompt, prompt, shared=True), x, prompt)
+
+    to_a_prompt(prompts[0])
     possible = len(seen)
     monkeypatch.setattr(jax, "device_count", lambda: 2)
-    jax.eval_shape(lambda x, prompt: attention(x, prompt, prompt), x, prompt)
+    for prompt in prompts:
+        to_a_prompt(prompt)
     assert len(seen) == possible, "a prompt is not split over devices as the pictures are"
     jax.eval_shape(lambda x: attention(x, x, x, mask), x)
     assert len(seen) == possible + fused
+
+
+def test_of_a_prompt_it_is_known_that_all_pictures_share_it(monkeypatch):
+    told = {}
+
+    def spy(q, k, v, *, implementation, shared):
+        told[k.shape[1]] = shared
+        return q
+
+    monkeypatch.setattr(layers, "attention", spy)
+    unet, sample = UNet(small_unet()), jnp.zeros((2, 8, 8, 4))
+    for count, tokens in ((1, 3), (2, 5)):
+        jax.eval_shape(unet.init, jax.random.key(0), sample, 1, jnp.zeros((count, tokens, 8)))
+    assert told == {16: False, 3: True, 5: False}
 
 
 @pytest.mark.skipif(jax.default_backend() != "gpu", reason="cuDNN needs an NVIDIA GPU")

@@ -1,6 +1,7 @@
 """d3epth bench: what it measures, what it writes, and that nothing measured is lost."""
 
 import importlib.util
+import itertools
 import json
 import os
 import re
@@ -99,8 +100,11 @@ def test_what_was_done_before_an_interrupt_stays(measured, tmp_path, capsys):
     assert cli.main([*args, "--resume"]) == 0
     rows = json.loads((tmp_path / "bench.json").read_text())["rows"]
     assert [row["model"] for row in rows] == ["d3_fast", "d3_tiny", "d3_base"]
-    measured["d3_fast"] = {"error": "measured again"}
-    assert cli.main(args) == 1
+    # Never begun anew over what is there.
+    with pytest.raises(SystemExit):
+        cli.main(args)
+    assert "holds measurements already" in capsys.readouterr().err
+    assert json.loads((tmp_path / "bench.json").read_text())["rows"] == rows
 
 
 def test_all_problems_are_told_at_once(monkeypatch, capsys, tmp_path):
@@ -195,8 +199,6 @@ def test_resume_keeps_what_is_not_asked_for_now_or_not_reached(measured, tmp_pat
     args = ["bench", "d2_base", "d3_small", "d3_fast", *out]
     assert cli.main([*args, "--resume"]) == 130
     assert models() == ["d2_base", "d3_base", "d3_fast", "d3_tiny"]
-    assert cli.main(args) == 130  # begins anew
-    assert models() == ["d2_base"]
 
 
 def test_resume_measures_again_what_has_fewer_runs_or_was_not_compared(measured, tmp_path):
@@ -268,9 +270,12 @@ def test_rows_of_several_calls_say_which(measured, tmp_path, monkeypatch):
 
 @pytest.mark.skipif(shutil.which("git") is None, reason="needs git")
 def test_rows_say_which_code_measured_them(measured, tmp_path, monkeypatch):
+    outs = (tmp_path / f"out{number}" for number in itertools.count())
+
     def code() -> str:
-        assert cli.main(["bench", "d3_fast", "--out", str(tmp_path / "out")]) == 0
-        return saved_rows(tmp_path / "out")[0]["code"]
+        out = next(outs)
+        assert cli.main(["bench", "d3_fast", "--out", str(out)]) == 0
+        return saved_rows(out)[0]["code"]
 
     def git(*args):
         named = ("-c", "user.name=a", "-c", "user.email=a@b")
@@ -294,11 +299,41 @@ def test_rows_say_which_code_measured_them(measured, tmp_path, monkeypatch):
     assert code() == version
 
 
-def test_no_chart_of_before_stays(measured, tmp_path):
+def test_the_chart_is_of_predictions(measured, tmp_path):
     out = ["--out", str(tmp_path)]
-    assert cli.main(["bench", "d3_fast", *out]) == 0 and (tmp_path / "macs.png").exists()
     assert cli.main(["bench", "d3_fast", "--what", "pieces", *out]) == 0
     assert not (tmp_path / "macs.png").exists()
+    assert cli.main(["bench", "d3_fast", "--resume", *out]) == 0
+    assert (tmp_path / "macs.png").exists()
+
+
+def test_attention_is_part_of_a_measurement(measured, tmp_path):
+    args = ["bench", "d3_fast", "--out", str(tmp_path), "--resume"]
+    for more in ([], ["--attention", "chunked"], []):
+        assert cli.main([*args, *more]) == 0
+    rows = saved_rows(tmp_path)
+    assert sorted(row["attention"] for row in rows) == ["auto", "chunked"]
+    assert sorted("chunked" in bench_report.name(row) for row in rows) == [False, True]
+    # Files of before it was an option have rows of "auto".
+    path = tmp_path / "bench.json"
+    content = json.loads(path.read_text())
+    for row in content["rows"]:
+        if row["attention"] == "auto":
+            del row["attention"]
+    path.write_text(json.dumps(content))
+    measured["d3_fast"] = {"error": "measured again"}
+    assert cli.main(args) == 0
+
+
+def test_resume_measures_a_directory_again_that_holds_other_weights(measured, tmp_path):
+    model = small_model(small_unet(channels=8))
+    args = ["bench", str(tmp_path / "model"), "--out", str(tmp_path / "out"), "--resume"]
+    seeds = []
+    for seed in (0, 0, 1):
+        hub.save_model(tmp_path / "model", model, init_params(model, seed))
+        assert cli.main(args) == 0
+        seeds.append(len({row["weights"] for row in saved_rows(tmp_path / "out")}))
+    assert seeds == [1, 1, 2]
 
 
 def test_rematerialisation_and_micro_batches_are_part_of_a_measurement(measured, tmp_path):
@@ -325,8 +360,9 @@ def test_model_directories_are_predicted_with_and_what_says_what(measured, tmp_p
     assert {(row["what"], row["model"]) for row in saved_rows(tmp_path / "bench")} == {
         ("predict", "model")
     }
-    assert cli.main(["bench", "--all", "--what", "stage1", "predict", "--batch", "1"]) == 0
-    assert {row["what"] for row in saved_rows(tmp_path / "bench")} == {"predict", "stage1"}
+    more = ["--what", "stage1", "predict", "--batch", "1", "--out", "more"]
+    assert cli.main(["bench", "--all", *more]) == 0
+    assert {row["what"] for row in saved_rows(tmp_path / "more")} == {"predict", "stage1"}
 
 
 def test_broken_files_are_told_not_raised(measured, tmp_path, capsys):

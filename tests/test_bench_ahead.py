@@ -71,3 +71,16 @@ def test_models_made_ready_together_are_measured_one_by_one(monkeypatch, tmp_pat
     failed = ["d3_tiny 1", "d3_tiny 2"]
     assert sorted(ended[:2]) == failed, "they hold memory that others need"
     assert ended[2:] == [*names, "d3_base 2", *failed]
+
+
+def test_without_a_temporary_folder_every_row_says_so(monkeypatch, tmp_path, capsys):
+    class Fails:
+        def __init__(self, *_, **__):
+            raise OSError("No space left on device")
+
+    monkeypatch.setattr(bench_measure.tempfile, "TemporaryDirectory", Fails)
+    monkeypatch.setattr(bench_measure, "_worker", lambda *_: None)
+    args = ["bench", "d3_fast", "d3_tiny", "--ahead", "2", "--out", str(tmp_path)]
+    assert cli.main(args) == 1
+    rows = json.loads((tmp_path / "bench.json").read_text())["rows"]
+    assert [row["error"] for row in rows] == ["No space left on device"] * 2

@@ -1,18 +1,25 @@
 """d3epth bench --compare diffusers: taking turns, and that the same weights give the same depth."""
 
+import dataclasses
 import json
+import shutil
 import subprocess
 import sys
 import types
 
 import numpy as np
 import pytest
+from PIL import Image
 
-from d3epth_jax import cli, macs
+from d3epth_jax import DepthPipeline, cli, macs
 from d3epth_jax.bench import measure as bench_measure
 from d3epth_jax.bench.worker import WorkerError, random_picture
+from d3epth_jax.models.depth_model import abstract_params
+from d3epth_jax.weights import hub
+from tests.conftest import small_model, small_unet
 from tests.test_bench import ROW
 from tests.test_bench_training import arguments
+from tests.unet_oracle import random_like
 
 
 def test_each_measured_turn_follows_one_that_is_not_and_memory_the_pipeline(tmp_path):
@@ -57,7 +64,8 @@ def test_a_variant_that_fails_leaves_those_measured_before(tmp_path, monkeypatch
 
     monkeypatch.setattr(bench_measure, "_worker", lambda *_: FakeWorker())
     job = {"what": "predict", "model": "d3_fast", "size": [8, 8], "batch": 1, "dtype": "float32"}
-    row = bench_measure._predict(job | {"fold": True, "compared": True}, arguments())
+    job |= {"attention": "auto", "fold": True, "compared": True}
+    row = bench_measure._predict(job, arguments())
     assert set(row["compare"]) == {"eager"} and row["error"] == "diffusers: no compiler"
 
 
@@ -85,6 +93,46 @@ def test_diffusers_unet_takes_all_steps_and_memory_begins_when_it_is_prepared(
     for run in (lambda: theirs.run(str(tmp_path / "picture.npy")), lambda: theirs.part("unet")):
         assert run()["seconds"] > 0
     assert calls == ["forget"] + 2 * 3 * ["unet"]
+
+
+def test_diffusers_is_given_the_prompt_that_ours_takes(saved, tmp_path):
+    import torch
+
+    from d3epth_jax.bench import compare_diffusers
+
+    directory = tmp_path / "model"
+    shutil.copytree(saved[0], directory)
+    for padding, tokens in (("do_not_pad", 2), ("max_length", 77)):
+        index = json.loads((directory / "model_index.json").read_text())
+        index["prompt_padding"] = padding
+        (directory / "model_index.json").write_text(json.dumps(index))
+        ours = hub.load_model(directory).params["prompt"]
+        pipe = compare_diffusers.read(directory, torch.float32)
+        pipe([Image.new("RGB", (16, 16))], processing_resolution=0, num_inference_steps=1)
+        theirs = pipe.empty_text_embedding.numpy()
+        assert theirs.shape == ours.shape and ours.shape[1] == tokens
+        np.testing.assert_allclose(theirs, ours, atol=1e-4)
+
+
+def test_diffusers_runs_a_model_that_attends_to_no_prompt(tmp_path):
+    from d3epth_jax.bench import compare_diffusers
+
+    unet = dataclasses.replace(
+        small_unet(channels=8, mid=None),
+        down_block_types=("DownBlock2D",) * 2,
+        up_block_types=("UpBlock2D",) * 2,
+    )
+    model = small_model(unet)
+    params = random_like(abstract_params(model))
+    hub.save_model(tmp_path / "model", model, params)
+    theirs = compare_diffusers.Theirs()
+    theirs.open(str(tmp_path / "model"), [32, 48], 1, "float32", steps=1)
+    np.save(tmp_path / "picture.npy", picture := random_picture((32, 48)))
+    theirs.run(str(tmp_path / "picture.npy"), save=str(tmp_path / "depth.npy"))
+    ours = DepthPipeline(model, params)(picture, processing_resolution=0, num_inference_steps=1)
+    found = np.load(tmp_path / "depth.npy")
+    assert found.std() > 0.01
+    np.testing.assert_allclose(found, ours.prediction, atol=2e-4)
 
 
 def test_pictures_to_compare_with_need_no_jax():

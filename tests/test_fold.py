@@ -14,7 +14,7 @@ from d3epth_jax.models import convolution, layers
 from d3epth_jax.models.config import AutoencoderKLConfig, TinyAutoencoderConfig, UNetConfig
 from d3epth_jax.models.depth_model import DepthModel, abstract_params
 from d3epth_jax.schedule import NoiseSchedule
-from d3epth_jax.weights import fold
+from d3epth_jax.weights import fold, hub
 from tests import pipeline_oracle
 from tests.unet_oracle import random_like, relative_error
 
@@ -244,3 +244,36 @@ def test_a_pipeline_folds_unless_it_is_told_not_to():
     latents = np.zeros((1, 4, 4, 4), np.float32)
     assert not DepthPipeline(model, params).networks(1, latents)[0].folding.time
     assert DepthPipeline(model, params, fold=False).networks(1)[0] == model
+
+
+@pytest.mark.parametrize("piece", fold.PIECES)
+def test_a_folded_model_is_not_used_for_what_it_does_not_hold_for(piece, tmp_path):
+    model, params = make()
+    model = dataclasses.replace(model, denoising_steps=1, processing_resolution=0)
+    folded = fold.fold(model, params, (piece,))
+    with pytest.raises(ValueError, match="a folded model cannot be read again"):
+        hub.save_model(tmp_path / "out", *folded)
+    rng = np.random.default_rng(3)
+    photo, latents = rng.integers(0, 256, (24, 32, 3), np.uint8), rng.normal(size=(1, 3, 4, 4))
+    for how in ({"num_inference_steps": 2}, {"latents": latents}):
+        if piece in fold.SINGLE_STEP:
+            with pytest.raises(ValueError, match="folded for one step from zero latents"):
+                DepthPipeline(*folded)(photo, **how)
+        else:
+            ours, whole = (DepthPipeline(*each)(photo, **how) for each in (folded, (model, params)))
+            np.testing.assert_allclose(ours.prediction, whole.prediction, atol=1e-5)
+    if piece in fold.SINGLE_STEP:
+        with pytest.raises(ValueError, match="2 steps, but the model is folded for one"):
+            inference.denoise(*folded, latents, latents, 2)
+
+
+def test_other_parameters_of_a_pipeline_are_folded_anew():
+    model, params = make()
+    model = dataclasses.replace(model, denoising_steps=1, processing_resolution=0)
+    photo = np.random.default_rng(4).integers(0, 256, (24, 32, 3), np.uint8)
+    pipe = DepthPipeline(model, params)
+    before = pipe(photo).prediction
+    pipe.params = others = jax.tree.map(lambda x: x / 2, params)
+    after = pipe(photo).prediction
+    assert np.abs(after - before).max() > 0.01
+    np.testing.assert_array_equal(after, DepthPipeline(model, others)(photo).prediction)

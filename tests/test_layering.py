@@ -20,7 +20,7 @@ LAYERS = [
     "weights data sharding hosts compilation_cache checkpoint metric_writer"
     " training.optim training.train_state",
     "inference training.stages training.steps",
-    "training evaluation pipeline gallery progress macs bench.predict bench.train"
+    "training evaluation pipeline picture_arrays gallery progress macs bench.predict bench.train"
     " bench.worker bench.report bench.compare_diffusers",
     "main config_arguments cli argument_types bench data_cli pictures __main__",
 ]

@@ -17,22 +17,21 @@ import tempfile
 from d3epth_jax import __version__
 from d3epth_jax.argument_types import a_path
 from d3epth_jax.bench import measure
-from d3epth_jax.bench.plan import WHAT, plan, problems_of
+from d3epth_jax.bench.plan import RESULTS, WHAT, plan, problems_of
 from d3epth_jax.output import OK, SOME_FAILED, show
 
 # What is measured where nothing else is said.
 USUAL = {"what": ["predict"], "dtype": "float32", "batch": [1], "fold": "yes", "out": None}
 USUAL |= {"size": "576x768", "train_size": "480x640", "train_batch": 32, "micro": 0}
-USUAL |= {"no_remat": False, "runs": 7, "ahead": 1}
+USUAL |= {"no_remat": False, "runs": 7, "ahead": 1, "attention": "auto"}
 ALL = USUAL | {"what": WHAT, "dtype": "bfloat16", "batch": [1, 8], "fold": "both"}
 ALL |= {"out": pathlib.Path("bench")}
 
 # What an option is of; elsewhere it would do nothing.
 TIMED, TRAINED = {"predict", "stage1", "stage2"}, {"stage1", "stage2"}
 OF = dict.fromkeys(("train_size", "train_batch", "micro", "no_remat"), TRAINED)
-OF |= dict.fromkeys(("dtype", "runs", "ahead"), TIMED)
+OF |= dict.fromkeys(("dtype", "runs", "ahead", "attention"), TIMED)
 OF |= {"size": {"predict", "pieces"}, "batch": {"predict"}, "fold": {"predict"}}
-RESULTS = "bench.json"
 
 
 def add_bench(commands) -> None:
@@ -65,6 +64,8 @@ def add_bench(commands) -> None:
         help="of these at a time; default: all, or a half, a quarter, ... what first fits into the"
         " memory JAX may take (XLA_PYTHON_CLIENT_MEM_FRACTION); on a CPU one")  # fmt: skip
     add("--dtype", choices=("float32", "bfloat16"), help="default float32; --all: bfloat16")
+    add("--attention", choices=("auto", "chunked"),
+        help="chunked: should a GPU's fused kernel fail; default auto")  # fmt: skip
     add("--fold", choices=("yes", "no", "both"), help="default yes; --all: both")
     add("--no-remat", action="store_true", default=None, help="training keeps all activations")
     add(
@@ -79,7 +80,7 @@ def add_bench(commands) -> None:
         " for it; the time of compiling is not shown then, and as XLA chooses kernels by timing"
         " them, hold a row against one of --ahead 1, with another --out")  # fmt: skip
     add("--resume", action="store_true",
-        help="keep what --out has, and measure what it has not; else it begins anew")  # fmt: skip
+        help="keep what --out has, and measure what it has not")  # fmt: skip
     add("--out", type=a_path, metavar="DIR",
         help="bench.json, bench.md and macs.png; --all: bench")  # fmt: skip
 
@@ -205,6 +206,7 @@ EXTENT = ("runs", "compared")  # more of them is as good
 
 def _is_of(row: dict, job: dict) -> bool:
     """Whether a row is of what a job measures, were it with fewer runs or without a comparison."""
+    row = {"attention": "auto"} | row  # files of before it was an option
     return {key: job[key] for key in job if key not in EXTENT}.items() <= row.items()
 
 
@@ -262,9 +264,6 @@ def _write(args: argparse.Namespace, rows: list[dict]) -> None:
     text = report.document(**content)
     atomic.write_text(args.out / RESULTS, json.dumps(content, indent=1))
     atomic.write_text(args.out / "bench.md", text)
-    chart = report.macs_chart(rows)
-    if chart is None:  # there may be one of before
-        (args.out / "macs.png").unlink(missing_ok=True)
-    else:
+    if chart := report.macs_chart(rows):
         with atomic.replacing(args.out / "macs.png") as partial:
             chart.save(partial, "png")

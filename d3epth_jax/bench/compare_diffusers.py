@@ -127,11 +127,16 @@ def read(directory: pathlib.Path, dtype: torch.dtype) -> diffusers.MarigoldDepth
 
     Not mapped from the disk: of what is copied afterwards a mapped original stays in memory.
     """
+    index = json.loads((directory / "model_index.json").read_text())
     if (directory / "text_encoder").is_dir():
-        return diffusers.MarigoldDepthPipeline.from_pretrained(
+        pipe = diffusers.MarigoldDepthPipeline.from_pretrained(
             directory, torch_dtype=dtype, disable_mmap=True
         )
-    index = json.loads((directory / "model_index.json").read_text())
+        if index.get("prompt_padding") == "max_length":  # it would take two tokens
+            ids = pipe.tokenizer("", padding="max_length", return_tensors="pt").input_ids
+            with torch.inference_mode():
+                pipe.empty_text_embedding = pipe.text_encoder(ids)[0]
+        return pipe
     vae = getattr(diffusers, index["vae"][1])
     networks = {
         "unet": (diffusers.UNet2DConditionModel, "unet"),
@@ -149,7 +154,11 @@ def read(directory: pathlib.Path, dtype: torch.dtype) -> diffusers.MarigoldDepth
         default_denoising_steps=index["default_denoising_steps"],
         default_processing_resolution=index["default_processing_resolution"],
     )
-    pipe.empty_text_embedding = safetensors.torch.load_file(directory / PROMPT)["prompt"][None]
+    if (directory / PROMPT).is_file():
+        pipe.empty_text_embedding = safetensors.torch.load_file(directory / PROMPT)["prompt"][None]
+    else:  # no block attends to it
+        width = pipe.unet.config.cross_attention_dim
+        pipe.empty_text_embedding = torch.zeros((1, 2, width), dtype=dtype)
     return pipe
 
 

@@ -48,7 +48,12 @@ def ready_together(wave: Todo) -> Iterator[list[list[Future]]]:
     # The workers end first, so that no thread is waited for that still waits for one.
     with ThreadPoolExecutor(len(wave)) as pool, contextlib.ExitStack() as stack:
         # Begun here: a thread would begin them after an interrupt too.
-        begun = [stack.enter_context(_begun(job, shares=True)) for _, job in wave]
+        try:
+            begun = [stack.enter_context(_begun(job, shares=True)) for _, job in wave]
+        except OSError as error:  # no temporary folder, for instance: told when its turn comes
+            say(f"    they cannot be made ready together: {error}")
+            yield [[] for _ in wave]
+            return
         futures = [
             pool.submit(_made_ready, job, ready, len(wave))
             for (_, job), ready in zip(wave, begun, strict=True)
@@ -100,7 +105,7 @@ def _made_ready(job: dict, ready: Ready, together: int = 1) -> Ready:
     ours, row = ready.ours, ready.row
     try:
         if job["what"] != "predict":
-            settings = ("model", "size", "dtype", "remat", "micro", "batch")
+            settings = ("model", "size", "dtype", "attention", "remat", "micro", "batch")
             settings = {key: job[key] for key in settings} | {"shared": together > 1}
             row |= ours.ask("compile", stage=job["what"], **settings)
             row |= {"ahead": together} if together > 1 else {}
@@ -111,6 +116,7 @@ def _made_ready(job: dict, ready: Ready, together: int = 1) -> Ready:
             size=job["size"],
             batch=job["batch"],
             dtype=job["dtype"],
+            attention=job["attention"],
             folded=job["fold"],
             save=ready.saved,
         )

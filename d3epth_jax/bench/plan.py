@@ -11,6 +11,7 @@ from d3epth_jax.output import cannot_be_made
 
 WHAT = ["predict", "stage2", "stage1", "pieces"]
 TRAINED = {"stage2": "d2_base", "stage1": "d3_light_small"}
+RESULTS = "bench.json"
 PACKAGES = ("torch", "diffusers", "transformers")
 
 
@@ -62,6 +63,11 @@ def problems_of(args: argparse.Namespace) -> list[str]:
         )
     if args.resume and args.out is None:
         problems.append("--resume goes on with what is in --out: give --out")
+    if args.out is not None and not args.resume and (args.out / RESULTS).is_file():
+        problems.append(
+            f"--out {args.out} holds measurements already: --resume keeps them and adds to them; to"
+            " begin anew name another folder"
+        )
     if args.out is not None and (problem := cannot_be_made(args.out)):
         problems.append(f"--out {problem}")
     return problems
@@ -82,7 +88,8 @@ def plan(args: argparse.Namespace) -> list[dict]:
         return [
             {
                 **{"what": "predict", "model": model, "size": _size(args.size), "batch": batch},
-                **{"dtype": args.dtype, "fold": fold, "runs": args.runs},
+                **{"dtype": args.dtype, "attention": args.attention, "fold": fold},
+                **{"runs": args.runs, **_weights_of(model)},
                 "compared": model in compared and fold == folds[0],
             }
             for model in models
@@ -103,8 +110,8 @@ def plan(args: argparse.Namespace) -> list[dict]:
         return [
             {
                 **{"what": stage, "model": model, "size": _size(args.train_size)},
-                **{"batch": args.train_batch, "dtype": args.dtype, "runs": args.runs},
-                **{"remat": remat, "micro": micro},
+                **{"batch": args.train_batch, "dtype": args.dtype, "attention": args.attention},
+                **{"runs": args.runs, "remat": remat, "micro": micro},
             }
             for model in trained
             for remat, micro in ways
@@ -124,6 +131,13 @@ def plan(args: argparse.Namespace) -> list[dict]:
         *(job for fold in folds[1:] for job in predictions(models, fold)),
         *pieces,
     ]
+
+
+def _weights_of(model: str) -> dict[str, str]:
+    """{weights: digest} of a directory, which may hold others the next time."""
+    from d3epth_jax.weights import hub
+
+    return {"weights": hub.digest(model)} if is_model(model) else {}
 
 
 def _models_of(args: argparse.Namespace) -> list[str]:

@@ -26,12 +26,15 @@ from d3epth_jax.weights import hub
 MATMUL_SIDE = {"cpu": 2048}  # others: 8192
 
 
-def read(name: str, dtype: str, *, remat: bool = False) -> tuple[DepthModel, Params]:
+def read(
+    name: str, dtype: str, *, attention: str = "auto", remat: bool = False
+) -> tuple[DepthModel, Params]:
     """A preset with random weights, or a directory's model."""
+    how = {"dtype": dtype, "attention": attention, "remat": remat}
     if name in presets.PRESETS and not os.path.isfile(os.path.join(name, "model_index.json")):
-        model = DepthModel(*presets.get(name), presets.SINGLE_STEP, dtype=dtype, remat=remat)
+        model = DepthModel(*presets.get(name), presets.SINGLE_STEP, **how)
         return model, random_params(model)
-    loaded = hub.load_model(name, dtype=dtype, remat=remat, param_dtype=None)
+    loaded = hub.load_model(name, param_dtype=None, **how)
     return loaded.model, loaded.params
 
 
@@ -58,11 +61,20 @@ def random_params(model: DepthModel) -> Params:
 class Ours:
     """One model, measured; the methods are the requests."""
 
-    def open(self, model: str, size, batch: int, dtype: str, folded: bool, save: str = "") -> dict:
+    def open(
+        self,
+        model: str,
+        size,
+        batch: int,
+        dtype: str,
+        folded: bool,
+        attention: str = "auto",
+        save: str = "",
+    ) -> dict:
         """Reads the model, and saves it for others to read."""
         sharding.require_devices()
         self.size, self.batch, self._programs = tuple(size), batch, {}
-        described, params = read(model, dtype)
+        described, params = read(model, dtype, attention=attention)
         if save:
             hub.save_model(save, described, params)
         self.steps = described.denoising_steps or 1

@@ -84,7 +84,7 @@ def name(row: dict) -> str:
     height, width = row["size"]
     words = [row["what"], row["model"], f"{height}x{width}"]
     if row["what"] != "pieces":
-        words += [f"batch {row['batch']}", row["dtype"]]
+        words += [f"batch {row['batch']}", _type(row)]
         words += [f"{row['micro']} at a time"] if row.get("micro") else []
     if row["what"] == "predict":
         words.append("folded" if row["fold"] else "not folded")
@@ -114,7 +114,7 @@ def _prediction(row: dict) -> list[str]:
     ]
     flops = 2 * sum(row["macs"].values()) / seconds
     return [
-        row["model"], _size(row), str(row["batch"]), row["dtype"], "yes" if row["fold"] else "no",
+        row["model"], _size(row), str(row["batch"]), _type(row), "yes" if row["fold"] else "no",
         f"{sum(row['params'].values()) / 1e6:.2f}",
         *(_giga(x) for x in (*macs, sum(macs))),
         *(f"{row[key]:.1f}" if key in row else "-" for key in ("compile_s", "first_s")),
@@ -147,7 +147,7 @@ def _training(row: dict) -> Iterable[list[str]]:
         count = found["micro"] * found["accumulate"]
         batch = f"{found['micro']}x{found['accumulate']}" if found["accumulate"] > 1 else str(count)
         yield [
-            row["what"], row["model"], _size(row), batch, row["dtype"],
+            row["what"], row["model"], _size(row), batch, _type(row),
             "yes" if row["remat"] else "no",
             f"{row['trained'] / 1e6:.2f}",
             f"{found['compile_s']:.1f}" if "compile_s" in found else "-", f"{seconds:.3g}",
@@ -170,6 +170,11 @@ def _pieces(row: dict) -> Iterable[list[str]]:
 
 def _size(row: dict) -> str:
     return "x".join(map(str, row["size"]))
+
+
+def _type(row: dict) -> str:
+    """What is computed in, and by which attention where that is not the device's own."""
+    return row["dtype"] + (", chunked" if row.get("attention") == "chunked" else "")
 
 
 def _giga(x: float) -> str:

@@ -132,7 +132,14 @@ def planned(program) -> int:
     return held - plan.alias_size_in_bytes
 
 
-def recipe(stage: str, model: str, size: tuple[int, int], dtype: str, remat: bool) -> Recipe:
+def recipe(
+    stage: str,
+    model: str,
+    size: tuple[int, int],
+    dtype: str,
+    remat: bool,
+    attention: str = "auto",
+) -> Recipe:
     """The training of a preset.
 
     Args:
@@ -141,7 +148,7 @@ def recipe(stage: str, model: str, size: tuple[int, int], dtype: str, remat: boo
       remat: whether activations are computed again for gradients.
     """
     objective = {"stage1": latent, "stage2": pixel}[stage]
-    student, params = read(model, dtype, remat=remat)
+    student, params = read(model, dtype, attention=attention, remat=remat)
     patterns = ["unet/"]
     if stage == "stage2" and isinstance(student.autoencoder, TinyAutoencoderConfig):
         patterns.append("decoder/")  # METHOD 8: light decoders train, the KL decoder does not
@@ -226,7 +233,7 @@ def is_out_of_memory(error: Exception) -> bool:
 
 def _teacher(student: DepthModel, name: str, size) -> tuple[DepthModel, Params, Params]:
     """(teacher, its UNet's parameters, adapters of features) for stage 1 from a cache."""
-    teacher, params = read(teacher_of(name), student.dtype)
+    teacher, params = read(teacher_of(name), student.dtype, attention=student.attention)
     teacher, params = fold.fold(teacher, params)
     adapters = latent.init_adapters(student, teacher, jax.random.key(0), *size)
     needed = {part: params[part] for part in ("unet", "prompt") if part in params}

@@ -21,6 +21,7 @@ def attention(
     mask: jax.Array | None = None,
     *,
     implementation: str = "auto",
+    shared: bool = False,
 ) -> jax.Array:
     """Attention, its softmax in float32: q [B, N, heads, D], k and v [B, M, heads, D] -> as q.
 
@@ -29,15 +30,16 @@ def attention(
       queries, "cudnn" is the fused kernel of an NVIDIA GPU, for 16-bit types and without a mask;
       "auto": cudnn where it can be and there are keys enough, else chunked. That is also a TPU's:
       the fused kernels that JAX has for one have not been tried here.
+    shared: all of the batch have the same k and v, such as a prompt's.
 
     ValueError for another implementation, and for cudnn with a mask.
     """
     if implementation == "auto":
         fused = _device_has_cudnn_attention() and q.dtype.itemsize == 2 and mask is None
         fits = q.shape[-1] <= 128 and q.shape[-1] % 8 == 0 and k.shape[1] >= FUSED_MIN_KEYS
-        # To a prompt on one device alone: of several each has all of it but only its share of the
-        # pictures, and the kernel is not compiled for them unless q, k and v are split alike.
-        fits &= k.shape[1] == q.shape[1] or jax.device_count() == 1
+        # What is shared, on one device alone: of several each has all of it but only its part of
+        # q, and the kernel is not compiled for them unless q, k and v are split alike.
+        fits &= not shared or jax.device_count() == 1
         implementation = "cudnn" if fused and fits else "chunked"
     if implementation == "cudnn":
         if mask is not None:

@@ -156,7 +156,8 @@ def project_and_attend(
         return jnp.broadcast_to(y, (batch, *y.shape[1:]))
 
     q, k, v = project("to_q", x), project("to_k", context), project("to_v", context)
-    out = attention(q, k, v, implementation=implementation)
+    shared = context.shape[0] < batch
+    out = attention(q, k, v, implementation=implementation, shared=shared)
     return dense("to_out_0", channels, dtype)(out.reshape(batch, tokens, channels))
 
 

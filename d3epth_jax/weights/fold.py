@@ -64,7 +64,8 @@ def foldable(model: DepthModel, *, single_step: bool = True) -> tuple[str, ...]:
         "time": model.folding.time,
         "prompt": not model.needs_prompt,
         "latent": model.unet.in_channels == model.autoencoder.latent_channels,
-        "head": model.schedule.clip_sample,
+        "head": model.folding.head or model.schedule.clip_sample,
+        "mean": model.folding.mean,
     }
     if not single_step:
         absent |= dict.fromkeys(SINGLE_STEP, True)
@@ -185,7 +186,8 @@ def _latent(model: DepthModel, flat: Flat) -> DepthModel:
     channels = model.autoencoder.latent_channels
     path = ("unet", "conv_in", "kernel")
     flat[path] = flat[path][:, :, :channels]
-    return dataclasses.replace(model, unet=dataclasses.replace(model.unet, in_channels=channels))
+    model = dataclasses.replace(model, unet=dataclasses.replace(model.unet, in_channels=channels))
+    return _note(model, latent=True)
 
 
 def _head(model: DepthModel, flat: Flat) -> DepthModel:
@@ -195,7 +197,7 @@ def _head(model: DepthModel, flat: Flat) -> DepthModel:
     for name in ("kernel", "bias"):
         _scale(flat, ("unet", "conv_out", name), factor)
     direct = dataclasses.replace(schedule, prediction_type="sample", set_alpha_to_one=True)
-    return dataclasses.replace(model, schedule=direct)
+    return _note(dataclasses.replace(model, schedule=direct), head=True)
 
 
 def _upsampling(model: DepthModel, flat: Flat) -> DepthModel:
@@ -220,7 +222,7 @@ def _mean(model: DepthModel, flat: Flat) -> DepthModel:
         x = np.asarray(flat[path])
         flat[path] = x.astype(np.float64).mean(-1, keepdims=True).astype(x.dtype)
     autoencoder = dataclasses.replace(model.autoencoder, out_channels=1)
-    return dataclasses.replace(model, autoencoder=autoencoder)
+    return _note(dataclasses.replace(model, autoencoder=autoencoder), mean=True)
 
 
 def _last_of_decoder(flat: Flat) -> str:
