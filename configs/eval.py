@@ -4,6 +4,7 @@
         --config.models.student=DIR --config.eval.source.path=DIR
     python -m d3epth_jax.main --config=configs/eval.py:nyu \\
         --config.models.student=DIR --config.eval.source.path=DIR
+    python -m d3epth_jax.main --config=configs/eval.py:scenes   # nano and nano-teacher, 512 scenes
     python -m d3epth_jax.main --config=configs/eval.py:tiny     # trivial ones, rendered scenes
 
 A model is a directory, a hub id, or nano or nano-teacher; --config.models.second takes one more.
@@ -28,6 +29,7 @@ Writes to the workdir evaluation.md (protocol and table), .csv (every image and 
 from ml_collections import ConfigDict
 
 from configs import common, quickstart
+from configs.nano import train as nano
 
 # The settings of each benchmark's source besides path, filename_list and on_error. The modules
 # data/sources/NAME.py say what folder is expected and where it comes from.
@@ -44,7 +46,7 @@ BENCHMARKS = {
 
 
 def get_config(argument: str | None = None) -> ConfigDict:
-    word = common.word(argument, "tiny", *BENCHMARKS)
+    word = common.word(argument, "scenes", "tiny", *BENCHMARKS)
     tiny = word == "tiny"
     config = quickstart.evaluation(tiny=tiny)
     config.workdir = f"runs/eval_{word}" if word else "runs/eval"
@@ -65,7 +67,13 @@ def get_config(argument: str | None = None) -> ConfigDict:
         config.models = ConfigDict()
         return config
     config.models = ConfigDict({"student": "runs/stage2/model", "second": ""})  # "" leaves it out
+    config.order = ("student", "second")
     config.baselines = ("constant", "ramp")
+    if word == "scenes":
+        config.models = {"student": "nano", "second": nano.SHIPPED_TEACHER}
+        config.eval = nano.compare(config.models.to_dict(), size=nano.LARGER).eval
+        config.shuffled = "student"
+        return config
     if word in BENCHMARKS:
         config.eval = common.evaluation(benchmark(word), protocol=word)
         return config

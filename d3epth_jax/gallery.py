@@ -57,10 +57,14 @@ def error_cell(
 ) -> np.ndarray:
     """|prediction - depth| / depth of [H, W, 1], pale at 0 and dark red from `max_error` on."""
     error = np.abs(prediction - depth) / np.where(mask, depth, 1)
-    return _cell(error, mask & np.isfinite(error), 0.0, max_error, "OrRd")
+    return _cell(error, mask & np.isfinite(error), 0.0, max_error, "OrRd", np.fmax)
 
 
-def _cell(values, mask, low, high, color_map) -> np.ndarray:
+def _cell(values, mask, low, high, color_map, over=np.fmin) -> np.ndarray:
+    """In colours. Where sparse values overlap, `over` chooses: the nearer depth, the larger error.
+
+    It ignores NaN, as np.fmin and np.fmax do.
+    """
     values = np.where(mask, values, np.nan)
     if mask.mean() < 0.3:
         # Sparse points would vanish when the cell is shrunk: draw each as a small square.
@@ -71,8 +75,7 @@ def _cell(values, mask, low, high, color_map) -> np.ndarray:
         height, width = values.shape[:2]
         for top in range(2 * radius + 1):
             for left in range(2 * radius + 1):
-                # fmin ignores NaN; where squares overlap, the nearer point stays in front.
-                values = np.fmin(values, padded[top : top + height, left : left + width])
+                values = over(values, padded[top : top + height, left : left + width])
     return visualize_depth(values, color_map=color_map, val_min=low, val_max=high)
 
 

@@ -44,6 +44,19 @@ def test_sparse_depth_stays_visible_when_shrunk():
     assert (body.max(-1) - body.min(-1)).max() > 60  # a coloured pixel amid grey, white and ink
 
 
+def test_where_sparse_points_overlap_the_larger_error_is_shown():
+    depth = np.zeros((370, 1224, 1), np.float32)
+    depth[180, 600:602] = 10
+    prediction = depth.copy()
+    prediction[180, 600] = 20
+    alone = np.zeros_like(depth)
+    alone[180, 600] = 10
+    both, worse = (gallery.error_cell(prediction, known, known > 0) for known in (depth, alone))
+    drawn = (worse != NEUTRAL).any(-1)
+    assert drawn.sum() > 20
+    np.testing.assert_array_equal(both[drawn], worse[drawn])
+
+
 def test_large_maps_are_thinned_without_missing_every_nth_line():
     mask = np.zeros((1200, 3000, 1), bool)
     mask[1::3] = True

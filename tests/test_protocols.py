@@ -132,6 +132,18 @@ def test_a_word_gives_the_benchmarks_source_and_protocol(word):
         data.make_source(**config.eval.source)
 
 
+def test_the_shipped_pair_is_evaluated_on_scenes_without_a_data_set():
+    config = eval_config.get_config("scenes")
+    evaluate.check(config)
+    source = data.make_source(**config.eval.source)
+    assert len(source) == 512 and (config.eval.source.height, config.eval.source.width) == (
+        144,
+        192,
+    )
+    assert evaluate.wanted(config)[0] == {"student": "nano", "second": "nano-teacher"}
+    assert config.order == ("student", "second") == eval_config.get_config().order
+
+
 def test_settings_can_replace_those_of_another_config():
     """As stage 2 does with the config of a stage 1 that has to be run first."""
     first, own = (

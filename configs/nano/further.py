@@ -4,8 +4,8 @@
     python -m d3epth_jax.main --config=configs/nano/further.py:tiny    # minutes: does it run?
 
 It is how scenes of a newer version reach a model without training all anew (train.py), and larger
-pictures. `--config.stage2.init` names what to begin with, nano-teacher for instance. RESULTS.md
-says what came of it.
+pictures. `--config.stage2.init` names what to begin with, nano-teacher for instance.
+results/TRAININGS.md says what came of it.
 """
 
 from ml_collections import ConfigDict

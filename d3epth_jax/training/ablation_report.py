@@ -247,49 +247,79 @@ def _text(value: float | None, digits: int, sign: str = "") -> str:
     return "-" if value is None or math.isnan(value) else f"{value:{sign}.{digits}f}"
 
 
-ROW, PANEL, TOP, GAP = 34, 300, 60, 40  # pixels of the chart
+ROW, PANEL, TOP, HEAD, GAP = 34, 300, 30, 30, 40  # pixels of the chart
 SEED, MEAN = (120, 160, 210), (30, 60, 120)
 
 
 def chart(content: Mapping) -> Image.Image:
-    """A panel for each measure, a row for the teacher and each arm: seeds, mean ± deviation."""
+    """A column for each measure, a row for the teacher and each arm: seeds, mean ± deviation.
+
+    Arms that are compared, directly or through others, have an axis of their own.
+    """
     font, small = ImageFont.load_default(16), ImageFont.load_default(13)
-    rows = {row["title"]: row["scores"] for row in content["arms"].values()}
-    if teacher := content["reference"].get("teacher"):
-        rows = {"teacher": {measure: {"": value} for measure, value in teacher.items()}, **rows}
-    shown = measures_of(content)
-    left = 30 + int(max(font.getlength(title) for title in rows))
-    bottom = TOP + ROW * len(rows)
-    image = Image.new("RGB", (left + len(shown) * (PANEL + GAP), bottom + 20), "white")
+    blocks, shown = _blocks(content), measures_of(content)
+    left = 30 + int(max(font.getlength(title) for rows in blocks for title in rows))
+    height = TOP + sum(HEAD + ROW * len(rows) for rows in blocks) + 20
+    image = Image.new("RGB", (left + len(shown) * (PANEL + GAP), height), "white")
     pen = ImageDraw.Draw(image)
-    for number, title in enumerate(rows):
-        y = TOP + ROW * number + ROW // 2
-        pen.text((left - 16, y), title, "black", font, anchor="rm")
-        pen.line((left, y, image.width - GAP, y), fill=(230, 230, 230))
-    for column, measure in enumerate(shown):
-        values = [list(scores.get(measure, {}).values()) for scores in rows.values()]
-        _panel(pen, left + column * (PANEL + GAP), MEASURES[measure], values, (font, small))
+    lefts = {measure: left + column * (PANEL + GAP) for column, measure in enumerate(shown)}
+    for measure, x in lefts.items():
+        how = MEASURES[measure]
+        title = f"{how.title} ({'more' if how.sign > 0 else 'less'} is better)"
+        pen.text((x + PANEL / 2, 14), title, "black", font, anchor="mm")
+    top = TOP
+    for rows in blocks:
+        top += HEAD
+        for number, title in enumerate(rows):
+            y = top + ROW * number + ROW // 2
+            pen.text((left - 16, y), title, "black", font, anchor="rm")
+            pen.line((left, y, image.width - GAP, y), fill=(230, 230, 230))
+        for measure, x in lefts.items():
+            values = [list(scores.get(measure, {}).values()) for scores in rows.values()]
+            _panel(pen, (x, top), MEASURES[measure].digits, values, small)
+        top += ROW * len(rows)
     return image
 
 
-def _panel(pen: ImageDraw.ImageDraw, left: int, how: Measure, rows, fonts) -> None:
+def _blocks(content: Mapping) -> list[dict[str, Mapping]]:
+    """{title: scores} of arms that hang together by comparisons, then of teacher and all others.
+
+    Comparisons of one seed claim nothing, so these do not spread two points over an axis.
+    """
+    together = {name: {name} for name in content["arms"]}
+    for pair in content["comparisons"]:
+        if pair["n"] > 1:
+            union = together[pair["arm"]] | together[pair["against"]]
+            together |= dict.fromkeys(union, union)
+    blocks, rest = {}, {}
+    if teacher := content["reference"].get("teacher"):
+        rest["teacher"] = {measure: {"": value} for measure, value in teacher.items()}
+    for name, arm in content["arms"].items():
+        alone = len(together[name]) == 1
+        block = rest if alone else blocks.setdefault(min(together[name]), {})
+        block[arm["title"]] = arm["scores"]
+    return [block for block in (*blocks.values(), rest) if block]
+
+
+def _panel(pen: ImageDraw.ImageDraw, corner: tuple[int, int], digits: int, rows, font) -> None:
     """One measure's values of every row, by seed, in a range of its own."""
+    left, top = corner
     bars = [_bar(row) for row in rows]
     every = [value for row in (*rows, *bars) for value in row]
-    air = 0.05 * (max(every) - min(every)) or 0.5
+    if not every:
+        return
+    air = 0.05 * (max(every) - min(every)) or 0.05 * abs(max(every)) or 0.5
     low, high = min(every) - air, max(every) + air
 
     def at(value: float) -> float:
         return left + PANEL * (value - low) / (high - low)
 
-    title = f"{how.title} ({'more' if how.sign > 0 else 'less'} is better)"
-    pen.text((left + PANEL / 2, 14), title, "black", fonts[0], anchor="mm")
     for value, anchor in ((low, "lm"), (high, "rm")):
         x = at(value)
-        pen.text((x, 40), f"{value:.{how.digits}f}", "black", fonts[1], anchor=anchor)
-        pen.line((x, TOP, x, TOP + ROW * len(rows)), fill=(200, 200, 200))
+        pen.text((x, top - 10), f"{value:.{digits}f}", "black", font, anchor=anchor)
+        pen.line((x, top, x, top + ROW * len(rows)), fill=(200, 200, 200))
     for number, (row, bar) in enumerate(zip(rows, bars, strict=True)):
-        y = TOP + ROW * number + ROW // 2
+        y = top + ROW * number + ROW // 2
         if len(row) > 1:
             pen.line((at(bar[0]), y, at(bar[2]), y), fill=MEAN, width=2)
             for end in (at(bar[0]), at(bar[2])):
