@@ -7,6 +7,7 @@ import argparse
 import ast
 import difflib
 import inspect
+import logging
 import os
 import pathlib
 import sys
@@ -120,7 +121,11 @@ def check(args: argparse.Namespace) -> int:
 
     try:
         settings = _settings(args)
-        source, problems = _open(args, settings, skip=True)
+        logging.disable(logging.WARNING)  # what is skipped, which the list at the end tells too
+        try:
+            source, problems = _open(args, settings, skip=True)
+        finally:
+            logging.disable(logging.NOTSET)
         filters = _filters(args)
         progress = Progress("check", len(source), unit="sample")
         findings = checking.inspect_all(source, filters, progress.update)

@@ -37,6 +37,7 @@ def small(monkeypatch):
 
 def test_the_chart_spreads_arms_that_are_compared_over_an_axis_of_their_own():
     seeds = {"a": [0.1, 0.1001, 0.1002], "b": [0.1001, 0.1002, 0.1003], "alone": [0.9]}
+    seeds["c"] = [0.1002, 0.1003, 0.1011]
     arms = {
         name: {"title": name, "scores": {"abs_rel": dict(enumerate(values))}}
         for name, values in seeds.items()
@@ -44,13 +45,14 @@ def test_the_chart_spreads_arms_that_are_compared_over_an_axis_of_their_own():
     pair = {"arm": "b", "against": "a", "measure": "abs_rel", "n": 3}
     content = {"arms": arms, "comparisons": [pair], "reference": {"teacher": {"abs_rel": 0.2}}}
     widths = []
-    for comparisons in ([pair], [{**pair, "n": 1}], []):
+    through = {**pair, "arm": "c", "against": "b"}
+    for comparisons in ([pair], [pair, through], [{**pair, "n": 1}], []):
         drawn = np.asarray(ablation_report.chart({**content, "comparisons": comparisons}))
         marks = (drawn == ablation_report.SEED).all(-1)
         row = marks[marks.any(1).argmax() :][: ablation_report.ROW]
         columns = np.flatnonzero(row.any(0))
         widths.append(columns[-1] - columns[0])
-    assert widths[0] > ablation_report.PANEL / 2 > 20 > widths[1] == widths[2]
+    assert widths[0] > ablation_report.PANEL / 2 > widths[1] > 30 > widths[2] == widths[3]
 
 
 def test_mean_and_deviation_by_hand():

@@ -138,6 +138,9 @@ def test_all_problems_are_told_at_once(monkeypatch, capsys, tmp_path):
         "file cannot be made",
     ):
         assert problem in told
+    with pytest.raises(SystemExit):
+        cli.main(["bench", "d3_fast", "--out", str(tmp_path / ("long" * 99))])
+    assert "cannot measure:" in capsys.readouterr().err
 
 
 def test_a_comparison_that_nothing_asks_for_is_refused(capsys):
@@ -332,8 +335,14 @@ def test_resume_measures_a_directory_again_that_holds_other_weights(measured, tm
     for seed in (0, 0, 1):
         hub.save_model(tmp_path / "model", model, init_params(model, seed))
         assert cli.main(args) == 0
-        seeds.append(len({row["weights"] for row in saved_rows(tmp_path / "out")}))
-    assert seeds == [1, 1, 2]
+        seeds += [row["weights"] for row in saved_rows(tmp_path / "out")]
+    first, same, other = seeds
+    assert first == same != other
+    # What cannot be measured does not take the place of what was.
+    hub.save_model(tmp_path / "model", model, init_params(model, 2))
+    measured[str(tmp_path / "model")] = {"error": "no memory"}
+    assert cli.main(args) == 1
+    assert other in [row["weights"] for row in saved_rows(tmp_path / "out")]
 
 
 def test_rematerialisation_and_micro_batches_are_part_of_a_measurement(measured, tmp_path):

@@ -74,13 +74,42 @@ def test_models_made_ready_together_are_measured_one_by_one(monkeypatch, tmp_pat
 
 
 def test_without_a_temporary_folder_every_row_says_so(monkeypatch, tmp_path, capsys):
-    class Fails:
-        def __init__(self, *_, **__):
-            raise OSError("No space left on device")
+    made, alive, counts = bench_measure.tempfile.TemporaryDirectory, [], []
 
-    monkeypatch.setattr(bench_measure.tempfile, "TemporaryDirectory", Fails)
-    monkeypatch.setattr(bench_measure, "_worker", lambda *_: None)
+    def fails(*args, **settings):
+        counts.append(len(alive))
+        if len(counts) == 1:
+            return made(*args, **settings)
+        raise OSError("No space left on device")
+
+    class FakeWorker:
+        def __enter__(self):
+            alive.append(self)
+            return self
+
+        def __exit__(self, *_):
+            alive.remove(self)
+
+    monkeypatch.setattr(bench_measure.tempfile, "TemporaryDirectory", fails)
+    monkeypatch.setattr(
+        bench_measure, "_worker", lambda stack, *_: stack.enter_context(FakeWorker())
+    )
     args = ["bench", "d3_fast", "d3_tiny", "--ahead", "2", "--out", str(tmp_path)]
     assert cli.main(args) == 1
     rows = json.loads((tmp_path / "bench.json").read_text())["rows"]
     assert [row["error"] for row in rows] == ["No space left on device"] * 2
+    assert counts == [1, 2, 1, 1] and not alive, "those begun first end before others are measured"
+
+
+def test_workers_are_told_which_attention(monkeypatch):
+    told = {}
+
+    class FakeWorker:
+        def ask(self, do, **request):
+            told.setdefault(do, request)
+            raise WorkerError("that is all")
+
+    monkeypatch.setattr(bench_measure, "_worker", lambda *_: FakeWorker())
+    args = ["bench", "d3_fast", "--what", "predict", "stage2", "--attention", "chunked"]
+    assert cli.main(args) == 1
+    assert told["open"]["attention"] == told["compile"]["attention"] == "chunked"

@@ -158,3 +158,18 @@ def test_a_device_that_jax_cannot_use_is_told_in_words(monkeypatch):
     monkeypatch.setenv("JAX_PLATFORMS", "cuda")
     with pytest.raises(ValueError, match=r"for JAX_PLATFORMS=cuda: install .*or unset"):
         sharding.require_devices()
+
+
+def test_another_attention_reaches_the_networks(small_presets, monkeypatch):
+    ours = bench.Ours()
+    ours.open("d2_base", [32, 48], 1, "float32", folded=True, attention="chunked")
+    assert ours.pipe.model.attention == "chunked"
+    read, seen = bench_train.read, []
+
+    def spy(*args, **settings):
+        seen.append(read(*args, **settings))
+        return seen[-1]
+
+    monkeypatch.setattr(bench_train, "read", spy)
+    bench_train.recipe("stage1", "d3_light", (32, 48), "float32", False, attention="chunked")
+    assert [model.attention for model, _ in seen] == ["chunked", "chunked"]  # student and teacher

@@ -115,13 +115,14 @@ def missing(pairs):
     [half_written, half_written_picture, wrong_unit, another_unit, swapped, missing],
     ids=lambda f: f.__name__,
 )
-def test_harm_is_found_and_named_by_file(pairs, check, harm):
+def test_harm_is_found_and_named_by_file(pairs, check, caplog, harm):
     path, said = harm(pairs)
     code, out, _ = check("folder", pairs)
     assert code == 1
     assert check("folder", pairs, "--set", "on_error=skip")[:2] == (code, out)
     lines = [line for line in out.splitlines() if str(path) in line and said in line]
     assert len(lines) == 1, out
+    assert said not in caplog.text  # not in a log as well
     assert "1 problem(s)" in out or (harm is swapped and "2 problem(s)" in out)
     assert "kitchen" in out  # the rest is described all the same
 

@@ -211,11 +211,16 @@ def _is_of(row: dict, job: dict) -> bool:
 
 
 def _replaced(rows: list[dict], job: dict, now: dict) -> list[dict]:
-    """The rows with one more, which takes the place of those that say no more than it does."""
+    """The rows with one more, which takes the place of those that say no more than it does.
+
+    And of what a directory's weights of before gave: no table would tell which is which.
+    """
+    of_any_weights = {key: value for key, value in job.items() if key != "weights"}
 
     def covered(row: dict) -> bool:
         pairs = zip(_extent(row), _extent(now), strict=True)
-        return _is_of(row, job) and all(old <= new for old, new in pairs)
+        old = row.get("weights") != job.get("weights") and "error" not in now
+        return _is_of(row, of_any_weights) and (old or all(was <= new for was, new in pairs))
 
     return [*(row for row in rows if not covered(row)), now]
 

@@ -52,6 +52,7 @@ def ready_together(wave: Todo) -> Iterator[list[list[Future]]]:
             begun = [stack.enter_context(_begun(job, shares=True)) for _, job in wave]
         except OSError as error:  # no temporary folder, for instance: told when its turn comes
             say(f"    they cannot be made ready together: {error}")
+            stack.close()
             yield [[] for _ in wave]
             return
         futures = [

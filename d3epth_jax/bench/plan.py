@@ -3,6 +3,7 @@
 import argparse
 import difflib
 import importlib.util
+import os
 import pathlib
 import re
 from collections.abc import Sequence
@@ -63,7 +64,7 @@ def problems_of(args: argparse.Namespace) -> list[str]:
         )
     if args.resume and args.out is None:
         problems.append("--resume goes on with what is in --out: give --out")
-    if args.out is not None and not args.resume and (args.out / RESULTS).is_file():
+    if args.out is not None and not args.resume and os.path.isfile(args.out / RESULTS):
         problems.append(
             f"--out {args.out} holds measurements already: --resume keeps them and adds to them; to"
             " begin anew name another folder"
@@ -80,6 +81,7 @@ def plan(args: argparse.Namespace) -> list[dict]:
     models, what = _models_of(args), args.what
     folds = {"yes": [True], "no": [False], "both": [True, False]}[args.fold]
     known = [model for model in models if model in presets.PRESETS]
+    weights = {model: _weights_of(model) for model in models}
     compared = models if args.compare else []
     if args.all and not args.compare and not _absent():
         compared = [model for model in models if _reads_depth(model)][:1]
@@ -89,7 +91,7 @@ def plan(args: argparse.Namespace) -> list[dict]:
             {
                 **{"what": "predict", "model": model, "size": _size(args.size), "batch": batch},
                 **{"dtype": args.dtype, "attention": args.attention, "fold": fold},
-                **{"runs": args.runs, **_weights_of(model)},
+                **{"runs": args.runs, **weights[model]},
                 "compared": model in compared and fold == folds[0],
             }
             for model in models
@@ -134,7 +136,7 @@ def plan(args: argparse.Namespace) -> list[dict]:
 
 
 def _weights_of(model: str) -> dict[str, str]:
-    """{weights: digest} of a directory, which may hold others the next time."""
+    """{weights: digest} of a directory, which may hold others the next time; its JSON is not in."""
     from d3epth_jax.weights import hub
 
     return {"weights": hub.digest(model)} if is_model(model) else {}
