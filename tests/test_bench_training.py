@@ -54,6 +54,7 @@ class FakeWorker:
 
 
 JOB = {"what": "stage2", "model": "d2_base", "size": [8, 8], "remat": True, "dtype": "float32"}
+JOB |= {"attention": "auto"}
 
 
 def trained(monkeypatch, batch: int, micro: int, *fits) -> tuple[dict, list]:
