@@ -81,7 +81,8 @@ def plan(args: argparse.Namespace) -> list[dict]:
     models, what = _models_of(args), args.what
     folds = {"yes": [True], "no": [False], "both": [True, False]}[args.fold]
     known = [model for model in models if model in presets.PRESETS]
-    weights = {model: _weights_of(model) for model in models}
+    # For --resume to compare: what is not kept need not be read for it, gigabytes of some models.
+    weights = {model: _weights_of(model) if args.out else {} for model in models}
     compared = models if args.compare else []
     if args.all and not args.compare and not _absent():
         compared = [model for model in models if _reads_depth(model)][:1]
