@@ -49,6 +49,7 @@ def get_config(argument: str | None = None) -> ConfigDict:
         config = on_pairs(quickstart.stage1())
         config.workdir = "runs/stage1_tiny"
         config.train.steps = config.eval.every = config.train.checkpoint_every = 200
+        config.schedule.warmup_steps = 20
         return config
     config = common.training("latent")
     config.workdir = "runs/stage1"

@@ -42,6 +42,7 @@ def get_config(argument: str | None = None) -> ConfigDict:
         config.init_config.teacher.path = config.teacher.get_oneway_ref("path")
         config.loss.beta.teacher = 0.1
         config.train.steps = config.eval.every = config.train.checkpoint_every = 200
+        config.schedule.warmup_steps = 20
         return config
     config = common.training("pixel")
     config.workdir = "runs/stage2"

@@ -16,6 +16,17 @@ from d3epth_jax import hosts
 log = logging.getLogger(__name__)
 
 
+class _Manager(ocp.CheckpointManager):
+    """Leaves it to `hosts.asked_to_end` to ask whether a signal came.
+
+    JAX's service ends all processes at one count, which it takes from the last that it was asked
+    with: Orbax's, of the step, would move it to where ours has been or never gets.
+    """
+
+    def reached_preemption(self, step: int) -> bool:
+        return False
+
+
 class Checkpoints:
     """The checkpoints of one run; as a context manager it waits for pending saves.
 
@@ -30,7 +41,7 @@ class Checkpoints:
             for left in self._directory.glob("*.orbax-checkpoint-tmp*"):
                 shutil.rmtree(left)
         options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=keep is not None)
-        self._manager = ocp.CheckpointManager(self._directory, options=options)
+        self._manager = _Manager(self._directory, options=options)
 
     def __enter__(self):
         return self

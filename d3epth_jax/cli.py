@@ -163,7 +163,7 @@ def predict(args: argparse.Namespace) -> int:
         args.fail(f"--out {problem}")
 
     failed: dict[pathlib.Path, str] = {}
-    pictures = name_outputs(find_pictures(args.inputs, args.out, failed), args.out)
+    pictures = name_outputs(find_pictures(args.inputs, failed), args.out)
     batches = list(_batches(pictures, args.batch_size, failed))
     _tell(failed)
     total = len(failed) + sum(map(len, batches))

@@ -15,7 +15,7 @@ import time
 from collections.abc import Sequence
 
 from d3epth_jax.argument_types import a_path, in_range
-from d3epth_jax.output import OK, SOME_FAILED, UNUSABLE, show
+from d3epth_jax.output import OK, SOME_FAILED, UNUSABLE, cannot_be_written, show
 from d3epth_jax.progress import Progress
 from d3epth_jax.tables import format_table
 
@@ -63,7 +63,7 @@ def _add_build(commands) -> None:
     add = parser.add_argument
     add("--out", required=True, type=a_path, help="folder of data sets")
     add("--name", help="of the data set; default: the source's")
-    add("--split", help="its name there; default: the source's setting `split`, or train")
+    add("--split", help="its name there; default: the source's own, its setting `split`")
     add("--height", type=in_range(int, 1), help="scale and crop to this size; default: as they are")
     add("--width", type=in_range(int, 1))
     add("--crop", choices=("center", "kitti", "stretch"),
@@ -118,14 +118,19 @@ def _filters(args: argparse.Namespace) -> dict:
 def check(args: argparse.Namespace) -> int:
     """`d3epth data check`: the exit code."""
     from d3epth_jax.data import check as checking
+    from d3epth_jax.data.sources import files
 
     try:
         settings = _settings(args)
-        logging.disable(logging.WARNING)  # what is skipped, which the list at the end tells too
+        for file in (args.write_list, args.out):
+            if file and (problem := cannot_be_written(file)):
+                raise ValueError(problem)
+        listing = logging.getLogger(files.__name__)
+        listing.setLevel(logging.ERROR)  # what is skipped, which the list at the end tells too
         try:
             source, problems = _open(args, settings, skip=True)
         finally:
-            logging.disable(logging.NOTSET)
+            listing.setLevel(logging.NOTSET)
         filters = _filters(args)
         progress = Progress("check", len(source), unit="sample")
         findings = checking.inspect_all(source, filters, progress.update)
@@ -139,6 +144,8 @@ def check(args: argparse.Namespace) -> int:
     kept = [i for i in sound if not findings[i].rejected]
     if filters:
         show(f"{len(kept)} of {len(sound)} samples without problems pass the filters")
+    if problems := list(dict.fromkeys(problems)):
+        show("\n  ".join([f"{len(problems)} problem(s):", *problems]))
     try:
         if args.write_list:
             args.write_list.parent.mkdir(parents=True, exist_ok=True)
@@ -150,9 +157,6 @@ def check(args: argparse.Namespace) -> int:
             show(f"{args.out}: contact sheet")
     except (OSError, ValueError) as error:
         return _unusable(error)
-    problems = list(dict.fromkeys(problems))
-    if problems:
-        show("\n  ".join([f"{len(problems)} problem(s):", *problems]))
     return SOME_FAILED if problems else OK
 
 
@@ -168,13 +172,14 @@ def build(args: argparse.Namespace) -> int:
             raise ValueError("--height and --width belong together")
         if args.crop and args.height is None:
             raise ValueError(f"--crop {args.crop} needs --height and --width")
+        split = _split(args, settings)
         source, unlisted = _open(args, settings, skip=args.on_error == "skip")
         progress = Progress("build", len(source), unit="sample")
         made = building.build(
             source,
             args.out,
             dataset=args.name or (rest.partition("/")[0] or source_name),
-            split=args.split or settings.get("split") or rest.partition("/")[2] or "train",
+            split=split,
             origin={
                 "name": args.source,
                 **settings,
@@ -263,6 +268,19 @@ def _arguments(source: str):
     return inspect.signature(data.source_function(source.partition(":")[0])).parameters
 
 
+def _split(args: argparse.Namespace, settings: dict) -> str:
+    """What a source's samples are called in a built set: never "train" by mere default."""
+    known = _arguments(args.source).get("split")
+    named = args.source.partition("/")[2] or (known.default if known else "")
+    if split := args.split or settings.get("split", named):
+        return split
+    of_a_part = ", or --set split=... for one of its own" if known else ""
+    raise ValueError(
+        f"{args.source} does not say of which split all its samples are: give --split NAME, such as"
+        f" train{of_a_part}"
+    )
+
+
 def _open(args: argparse.Namespace, settings: dict, *, skip: bool = False):
     """The source, and the problems for which it lacks samples: of one that skips, as by `skip`."""
     from d3epth_jax import data
@@ -318,9 +336,10 @@ def _draw(source, findings: Sequence, indices: Sequence[int], path: pathlib.Path
 
     count = min(SHEET_ROWS, len(indices))
     chosen = [indices[(2 * k + 1) * len(indices) // (2 * count)] for k in range(count)]
-    rows = [
-        gallery.row(**source[i], predictions={}, title=findings[i].name.replace("/", "\n"))
-        for i in chosen
-    ]
+    rows = []
+    for i in chosen:
+        sample, title = source[i], findings[i].name.replace("/", "\n")
+        image_depth_mask = (sample[key] for key in ("image", "depth", "mask"))
+        rows.append(gallery.row(*image_depth_mask, {}, title=title))
     cells, titles = [list(row.cells.values()) for row in rows], [row.title for row in rows]
     image.save_png(path, gallery.contact_sheet(cells, ["picture", "depth"], titles))

@@ -23,3 +23,8 @@ def cannot_be_made(folder: pathlib.Path) -> str:
     if os.path.isdir(there) and os.access(there, os.W_OK):
         return ""
     return f"{folder} cannot be made: {there} is no folder that can be written to"
+
+
+def cannot_be_written(file: pathlib.Path) -> str:
+    """Why a file of results cannot be written, as `cannot_be_made`."""
+    return f"{file} is a folder: name a file" if file.is_dir() else cannot_be_made(file.parent)

@@ -30,7 +30,7 @@ class Picture:
 
 
 def find_pictures(
-    inputs: Sequence[pathlib.Path], out: pathlib.Path, failed: dict[pathlib.Path, str]
+    inputs: Sequence[pathlib.Path], failed: dict[pathlib.Path, str]
 ) -> list[tuple[pathlib.Path, pathlib.Path]]:
     """(path, path below the folder that was named) of every picture, each once, in a fixed order.
 
@@ -39,7 +39,7 @@ def find_pictures(
     found = {}
     for given in inputs:
         if os.path.isdir(given):
-            inside = list(_walk(given, out, failed))
+            inside = list(_walk(given, failed))
             if not inside:
                 failed.setdefault(given, f"no picture in this folder ({' '.join(SUFFIXES)})")
         elif os.path.exists(given):
@@ -49,27 +49,22 @@ def find_pictures(
             failed[given] = "no such file or folder"
         for path in inside:
             below = path.relative_to(given) if path != given else pathlib.Path(path.name)
-            key = path.resolve()
+            key = os.path.realpath(path)  # resolve() raises where links lead in a circle
             # Under its own name, where links lead to it too.
             if key not in found or (found[key][0].is_symlink() and not path.is_symlink()):
                 found[key] = path, below
     return list(found.values())
 
 
-def _walk(root: pathlib.Path, out: pathlib.Path, failed) -> Iterator[pathlib.Path]:
+def _walk(root: pathlib.Path, failed) -> Iterator[pathlib.Path]:
     """Pictures in a folder, without hidden ones and without results of this or an earlier run."""
 
     def unreadable(error: OSError):
         failed[pathlib.Path(error.filename)] = reason(error)
 
-    out = out.resolve()
-    skip_out = root.resolve() in out.parents  # not if the results go beside the pictures
     for name, folders, files in os.walk(root, onerror=unreadable):
         folder = pathlib.Path(name)
-        folders[:] = sorted(
-            f for f in folders
-            if not f.startswith(".") and not (skip_out and (folder / f).resolve() == out)
-        )  # fmt: skip
+        folders[:] = sorted(f for f in folders if not f.startswith("."))
         for file in sorted(files):
             path = folder / file
             if (
@@ -81,13 +76,10 @@ def _walk(root: pathlib.Path, out: pathlib.Path, failed) -> Iterator[pathlib.Pat
 
 
 def _is_result(path: pathlib.Path) -> bool:
-    """NAME_depth.png or NAME_color.png of ours beside NAME.npy."""
+    """NAME_depth.png or NAME_color.png that we wrote."""
     from d3epth_jax import image
 
-    return any(
-        path.name.endswith(end) and path.with_name(path.name.removesuffix(end) + ".npy").exists()
-        for end in OUTPUTS[:2]
-    ) and image.is_ours(path)
+    return path.name.endswith(OUTPUTS[:2]) and image.is_ours(path)
 
 
 def name_outputs(
@@ -100,7 +92,7 @@ def name_outputs(
     as a depth map that was measured.
     """
     # Without case: some file systems do not know it.
-    taken = {str(path.resolve()).casefold() for path, _ in found}
+    taken = {os.path.realpath(path).casefold() for path, _ in found}
     pictures = []
     # What will hardly be read gets its name last.
     for path, below in sorted(found, key=lambda x: x[0].suffix.lower() in HARDLY_READ):
@@ -109,7 +101,7 @@ def name_outputs(
         more = (other.with_name(f"{other.name}_{number}") for number in itertools.count(2))
         for output in itertools.chain((plain, other), more):
             picture = Picture(path, output)
-            files = {str(picture.file(end).resolve()).casefold() for end in OUTPUTS}
+            files = {os.path.realpath(picture.file(end)).casefold() for end in OUTPUTS}
             others = _holds_others(picture)
             if others:
                 told = (

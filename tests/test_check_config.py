@@ -5,7 +5,7 @@ import logging
 
 import pytest
 
-from configs import quickstart, stage2
+from configs import quickstart, stage1, stage2
 from configs.nano import train as nano
 from d3epth_jax.models.depth_model import init_params
 from d3epth_jax.training import check_config, from_config, train
@@ -131,3 +131,10 @@ def test_a_teacher_whose_one_step_has_hardly_any_noise_is_told_of(tmp_path, capl
         with caplog.at_level(logging.WARNING):
             from_config.read_teacher(config)
         assert ("hardly any noise" in caplog.text) is told
+
+
+def test_short_trainings_are_not_all_warm_up():
+    configs = [stage1.get_config("tiny"), stage2.get_config("tiny")]
+    configs += [quickstart.stage1(), quickstart.stage2()]
+    for config in configs:
+        assert 0 < config.schedule.warmup_steps < 0.6 * config.train.steps

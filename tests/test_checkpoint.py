@@ -2,6 +2,7 @@
 
 import jax.numpy as jnp
 import pytest
+from jax.experimental import multihost_utils
 
 from d3epth_jax import checkpoint
 
@@ -66,3 +67,13 @@ def test_what_a_killed_save_left_is_deleted_by_a_writer_alone(tmp_path):
     with checkpoint.Checkpoints(tmp_path, keep=2) as checkpoints:
         assert checkpoints.latest == 1
     assert not left.exists()
+
+
+def test_orbax_does_not_ask_for_the_signal_that_ends_all_processes(tmp_path, monkeypatch):
+    """JAX's service keeps the last count it was asked with: `hosts.asked_to_end`'s, no other."""
+    asked = []
+    monkeypatch.setattr(multihost_utils, "reached_preemption_sync_point", asked.append)
+    with checkpoint.Checkpoints(tmp_path, keep=2) as checkpoints:
+        for step in (3, 5):
+            checkpoints.save(step, {"kernel": jnp.arange(10.0)}, {"position": 1})
+    assert checkpoints.latest == 5 and not asked

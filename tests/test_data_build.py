@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import tensorflow_datasets
 
-from d3epth_jax import cli, data
+from d3epth_jax import cli, data, data_cli
 from d3epth_jax.data import build as building
 from d3epth_jax.data import manifest
 from d3epth_jax.data.sources.files import FileSource, Item, SourceError
@@ -158,6 +158,7 @@ def kill_and_resume(tmp_path, kills: int) -> None:
     def start(out):
         command = [sys.executable, "-m", "d3epth_jax", "data", "build", "folder", str(pairs)]
         command += ["--set", "depth_scale=1000", "--out", str(out), "--name", "small"]
+        command += ["--split", "train"]
         command += ["--shards", "8", "--workers", "1", "--height", "230", "--width", "300"]
         return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
 
@@ -347,6 +348,9 @@ def test_the_command_builds_and_says_what(pairs, tmp_path, capsys):
     (pairs / "depth" / "003.png").unlink()
     command = ["data", "build", "folder", str(pairs), "--out", str(tmp_path / "out")]
     command += ["--set", "depth_scale=1000", "--workers", "0", "--name", "mine"]
+    assert cli.main(command) == 2  # "train" would hold what is held out
+    assert "give --split NAME, such as train, or --set split=" in capsys.readouterr().err
+    command[3:3] = ["--split", "train"]
     assert cli.main(command) == 1
     assert "003.png: missing depth" in capsys.readouterr().err
     assert cli.main([*command, "--on-error", "skip"]) == 0
@@ -362,3 +366,31 @@ def test_the_command_builds_and_says_what(pairs, tmp_path, capsys):
     command[-1] = "another"
     assert cli.main([*command, "--set", "on_error=skip"]) == 0
     assert "1 problem(s)" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "source, given, named",
+    [
+        ("nyu", [], "test"),
+        ("nyu", ["--set", "split=train"], "train"),
+        ("diode", [], "val"),
+        ("hypersim", ["--split", "mine"], "mine"),
+        ("tfds:some", [], "train"),
+        ("tfds:some/validation", [], "validation"),
+        ("ibims", [], None),
+        ("vkitti2", ["--set", "split="], None),
+    ],
+)
+def test_a_split_is_called_as_in_its_source(source, given, named, tmp_path, monkeypatch, capsys):
+    told = {}
+
+    def build(*_, split, **__):
+        told["split"] = split
+        raise ValueError("far enough")
+
+    monkeypatch.setattr(building, "build", build)
+    monkeypatch.setattr(data_cli, "_open", lambda *_, **__: ([], []))
+    command = ["data", "build", source, str(tmp_path), "--out", str(tmp_path / "out"), *given]
+    assert cli.main(command) == 2
+    assert told.get("split") == named
+    assert ("far enough" if named else "give --split NAME") in capsys.readouterr().err

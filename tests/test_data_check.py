@@ -12,6 +12,7 @@ from d3epth_jax.data import build as building
 from d3epth_jax.data import check as checking
 from d3epth_jax.data.sources.files import SourceError
 from d3epth_jax.image import save_png
+from tests import benchmark_trees
 from tests.conftest import write_pairs
 
 
@@ -244,6 +245,40 @@ def test_the_sheet_shows_pictures_beside_depth(pairs, check, tmp_path):
 
 
 @pytest.mark.parametrize(
+    "name", sorted(set(benchmark_trees.NAMES) - {"kitti"})
+)  # of small pictures
+def test_every_benchmark_is_drawn(name, check, tmp_path):
+    for sample in benchmark_trees.NAMES[name]:
+        picture, depth = benchmark_trees.gradient(), benchmark_trees.plane()
+        getattr(benchmark_trees, f"write_{name}")(tmp_path / "set", sample, depth, picture)
+    _, out, err = check(name, tmp_path / "set", "--out", tmp_path / "sheet.png")
+    assert "contact sheet" in out, err
+    assert Image.open(tmp_path / "sheet.png").height > 2 * 12
+
+
+@pytest.mark.parametrize("option", ["--out", "--write-list"])
+def test_what_cannot_be_written_is_told_before_the_set_is_read(
+    option, pairs, check, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(checking, "inspect_all", lambda *_: pytest.fail("it was read"))
+    (tmp_path / "file").write_text("")
+    for path, told in ((tmp_path / "file/x.txt", "cannot be made"), (tmp_path, "is a folder")):
+        code, _, err = check("folder", pairs, option, path)
+        assert code == 2 and told in err
+
+
+def test_problems_are_listed_before_files_are_written(pairs, check, tmp_path, monkeypatch):
+    path, said = missing(pairs)
+
+    def full(*_):
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr("d3epth_jax.image.save_png", full)
+    code, out, err = check("folder", pairs, "--out", tmp_path / "sheet.png")
+    assert code == 2 and str(path) in out and said in out and "No space" in err
+
+
+@pytest.mark.parametrize(
     ("arguments", "said"),
     [
         (("folder", "{}/nowhere"), "no such folder"),
@@ -259,7 +294,7 @@ def test_the_sheet_shows_pictures_beside_depth(pairs, check, tmp_path):
 @pytest.mark.parametrize("job", ["check", "build"])
 def test_senseless_arguments_are_refused(pairs, tmp_path, capsys, job, arguments, said):
     command = [argument.format(pairs) for argument in arguments]
-    out = ["--out", str(tmp_path / "out")]
+    out = ["--out", str(tmp_path / "out"), *["--split", "train"] * (job == "build")]
     assert cli.main(["data", job, *command, *out]) == 2
     assert said in capsys.readouterr().err
 

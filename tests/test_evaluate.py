@@ -286,3 +286,11 @@ def test_a_set_of_which_nothing_counts_is_no_success(pairs, tmp_path, capsys):
         evaluated(config, pairs, tmp_path / "none")
     assert "| constant" in capsys.readouterr().out
     assert not list((tmp_path / "none").iterdir())  # nor does it replace one
+
+
+def test_nothing_to_evaluate_is_told_before_the_source_is_read(tmp_path):
+    config = eval_config.get_config()
+    config.baselines, config.models = (), {"student": ""}
+    config.eval.source = common.folder(str(tmp_path / "nowhere"))
+    with pytest.raises(ValueError, match=r"nothing to evaluate.*predictions\.NAME\.path"):
+        evaluate.run(config, tmp_path)

@@ -168,10 +168,11 @@ def test_scenes_below_rgb_and_depth(tmp_path):
     assert "depth/s3/x.png: missing image" in str(caught.value)
 
 
-def test_what_lies_below_pairs_moves_none_of_them(tmp_path):
+def test_what_lies_below_pairs_moves_none_of_them(tmp_path, caplog):
     for name in ("a", "z"):
         write_pair(tmp_path, "", name)
     write_pair(tmp_path, "rgb/scene", "inner")
+    write_pair(tmp_path, ".Trash-1000/files/old", "deleted")
     previews = [f"{kind}/more/.previews/a.png" for kind in ("rgb", "depth")]
     sizes = [f"{kind}/half/a.png" for kind in ("rgb", "depth")]
     for unrelated in ("depth/previews/a.png", "depth/previews/a.npy", *previews, *sizes):
@@ -179,6 +180,9 @@ def test_what_lies_below_pairs_moves_none_of_them(tmp_path):
         Image.new("L", SHAPE[::-1], 9).save(tmp_path / unrelated, "png")
     source = folder(tmp_path, depth_scale=1000)
     assert [source.name(i) for i in range(len(source))] == ["a", "z", "rgb/scene/inner"]
+    # What may be pairs that were meant is told: "half", and neither previews nor hidden folders.
+    (told,) = [record.getMessage() for record in caplog.records]
+    assert "folders below them are not read: 1 folder(s):\n  half." in told
 
 
 def test_links_to_folders_are_followed_once(tmp_path):

@@ -42,6 +42,14 @@ def test_gradients_through_a_folded_decoder_are_the_same(autoencoder):
         assert relative_error(np.asarray(flatten_dict(ours)[path]), np.asarray(gradient)) < 1e-3
 
 
+def test_the_prompt_never_trains():
+    _, params = test_fold.make("tiny")
+    trainable, rest = split_trainable(params, (".*",))
+    assert trainable.keys() == {"unet", "encoder", "decoder"} and rest.keys() == {"prompt"}
+    with pytest.raises(ValueError, match=r"match no parameter: \['prompt'\]"):
+        split_trainable(params, ("prompt", "unet/"))
+
+
 def test_a_network_that_trains_in_part_is_not_folded():
     model, params = test_fold.make("kl")
     trainable, rest = split_trainable(params, ("unet/", "decoder/conv_out"))

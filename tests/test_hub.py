@@ -265,9 +265,17 @@ def test_nothing_but_a_model_is_replaced(saved, tmp_path, capsys, monkeypatch):
     assert cli.main(["convert", str(model), f"{model}/../model", "--dtype", "float16"]) == 2
     assert "is the source" in capsys.readouterr().err
     assert photo.read_bytes() == b"picture" and (tmp_path / "thesis/notes.txt").exists()
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes/README.md").write_text("years of work")
+    with pytest.raises(FileExistsError, match=r"In it: README.md"):
+        pipe.save_pretrained(tmp_path / "notes")  # whose name a model's file might have
     (tmp_path / "empty").mkdir()
     pipe.save_pretrained(tmp_path / "empty")
     pipe.save_pretrained(tmp_path / "empty")  # its own model it replaces
+    assert "written by `d3epth_jax`" in (tmp_path / "empty/README.md").read_text()
+    (tmp_path / "empty/README.md").write_text("A card of one's own")
+    pipe.save_pretrained(tmp_path / "empty")
+    assert (tmp_path / "empty/README.md").read_text() == "A card of one's own"
     monkeypatch.chdir(tmp_path / "empty")
     with pytest.raises(FileExistsError, match="the folder you are in"):
         pipe.save_pretrained(".")
@@ -408,6 +416,8 @@ def test_a_model_in_the_hubs_cache_is_found_offline(saved, tmp_path):
     (repo / "refs/main").write_text("a" * 40)
     loaded = hub.load_model("owner/model", cache_dir=tmp_path, local_files_only=True)
     assert loaded.model.base == f"owner/model@{'a' * 40}"
+    # Whichever of its files lie there.
+    assert hub.digest(repo / "snapshots" / ("a" * 40)) == "a" * 40
     with pytest.raises(FileNotFoundError):
         hub.load_model("owner/model", cache_dir=tmp_path, local_files_only=True, revision="b" * 40)
     with pytest.raises(ValueError, match="nano is no model of the hub, and has no revision main"):

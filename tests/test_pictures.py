@@ -18,9 +18,9 @@ def foreign(path):
     return path
 
 
-def found(folder, out) -> list[str]:
+def found(folder) -> list[str]:
     failed = {}
-    paths = sorted(below.name for _, below in find_pictures([folder], out, failed))
+    paths = sorted(below.name for _, below in find_pictures([folder], failed))
     assert not failed
     return paths
 
@@ -29,10 +29,10 @@ def test_photographs_that_are_called_as_results_are_predicted(tmp_path):
     for name in ("0_color.png", "0_depth.png", "other.png"):
         foreign(tmp_path / name)
     np.save(tmp_path / "0.npy", np.eye(4))  # a camera's pose
-    assert found(tmp_path, tmp_path / "out") == ["0_color.png", "0_depth.png", "other.png"]
+    assert found(tmp_path) == ["0_color.png", "0_depth.png", "other.png"]
     image.save_png(tmp_path / "other_color.png", GREY)  # ours
     np.save(tmp_path / "other.npy", GREY)
-    assert "other_color.png" not in found(tmp_path, tmp_path / "out")
+    assert "other_color.png" not in found(tmp_path)
 
 
 def test_no_measured_depth_map_or_photograph_is_replaced(tmp_path, capsys):
@@ -56,19 +56,19 @@ def test_a_link_does_not_take_the_name_of_its_picture(tmp_path):
     foreign(tmp_path / "photo.png")
     os.symlink("photo.png", tmp_path / "cover.png")
     os.symlink("photo.png", tmp_path / "zebra.png")
-    assert found(tmp_path, tmp_path / "out") == ["photo.png"]
+    assert found(tmp_path) == ["photo.png"]
     (tmp_path / "photo.png").rename(tmp_path / ".photo.png")  # hidden, so not found itself
     for name in ("cover.png", "zebra.png"):
         (tmp_path / name).unlink()
         os.symlink(".photo.png", tmp_path / name)
-    assert found(tmp_path, tmp_path / "out") == ["cover.png"]
+    assert found(tmp_path) == ["cover.png"]
 
 
 def test_what_does_not_get_its_own_name_is_told(tmp_path, capsys):
     for folder in ("a", "b"):
         foreign(tmp_path / folder / "x.png")
     failed = {}
-    pictures = find_pictures([tmp_path / "a", tmp_path / "b"], tmp_path / "out", failed)
+    pictures = find_pictures([tmp_path / "a", tmp_path / "b"], failed)
     names = [picture.file(".npy").name for picture in name_outputs(pictures, tmp_path / "out")]
     assert names == ["x.npy", "x_png.npy"]
     told = capsys.readouterr().err
@@ -83,3 +83,18 @@ def test_what_is_no_png_of_ours_is_told_apart(tmp_path):
     assert image.is_ours(tmp_path / "ours.png")
     for other in (foreign(tmp_path / "theirs.png"), tmp_path / "text.png", tmp_path / "absent.png"):
         assert not image.is_ours(other)
+
+
+def test_photographs_in_the_folder_of_results_are_predicted(tmp_path):
+    foreign(tmp_path / "day1.png")
+    foreign(tmp_path / "day2/a.png")
+    for end in ("_depth.png", "_color.png"):  # with no .npy beside them any more
+        image.save_png(tmp_path / f"day2/day1{end}", GREY)
+    assert found(tmp_path) == ["a.png", "day1.png"]
+
+
+def test_a_link_that_leads_to_itself_costs_no_other_picture(tmp_path):
+    foreign(tmp_path / "good.png")
+    os.symlink("loop.png", tmp_path / "loop.png")
+    paths = find_pictures([tmp_path], {})
+    assert [picture.output.name for picture in name_outputs(paths, tmp_path)] == ["good", "loop"]

@@ -7,9 +7,10 @@ import optax
 import pytest
 from flax.traverse_util import flatten_dict
 
+from configs.nano import train as nano
 from d3epth_jax import inference, losses, sharding, weighting
 from d3epth_jax.models.depth_model import init_params
-from d3epth_jax.training import steps
+from d3epth_jax.training import from_config, steps
 from d3epth_jax.training.stages import latent, pixel
 from d3epth_jax.training.train_state import (
     HostAverage,
@@ -289,6 +290,10 @@ def test_loss_terms_have_clear_errors():
         latent.make_loss(STUDENT, TEACHER, terms=("enc",), share_encoder=True)
     with pytest.raises(ValueError, match=r"trainable patterns.*nothing/.*unet/"):
         split_trainable(init_params(STUDENT, 0), ("unet/", "nothing/"))
+    config = nano.stage1()
+    config.loss.beta.update(dict.fromkeys(config.loss.beta, 0.0), enc=1.0)
+    with pytest.raises(ValueError, match=r"no loss has a weight.*enc is for a trained encoder"):
+        from_config.make_loss(config, STUDENT, {}, {"unet": {}}, from_config.Start())
 
 
 @pytest.mark.parametrize("step,expected", [(0, 0.1), (9, 10 / 19), (10**6, 0.9999)])

@@ -264,6 +264,14 @@ def test_files_beside_a_model_that_would_be_replaced_are_told_at_once(pairs, tmp
         train.run(teacher_config(pairs), tmp_path)
 
 
+def test_a_model_of_another_run_is_not_taken_for_this_ones(pairs, tmp_path):
+    config = teacher_config(pairs, steps=2)
+    train.run(config, tmp_path)
+    (tmp_path / "checkpoints").rename(tmp_path / "elsewhere")
+    with pytest.raises(FileExistsError, match="model is of another run, of which no checkpoint"):
+        train.run(config, tmp_path)
+
+
 def test_another_models_checkpoint_is_refused(pairs, tmp_path, monkeypatch):
     config = teacher_config(pairs, steps=2)
     output = train.run(config, tmp_path)

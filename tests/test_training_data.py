@@ -155,7 +155,8 @@ def test_a_built_copy_of_what_is_evaluated_on_is_noticed(tmp_path, monkeypatch):
     write_pairs(tmp_path / "pairs", 10)
     build = ["data", "build", "folder", str(tmp_path / "pairs"), "--out", str(tmp_path / "built")]
     build += ["--workers", "0", "--set", "depth_scale=1000"]
-    assert cli.main(build) == cli.main([*build, "--set", "split=validation"]) == 0
+    assert cli.main([*build, "--split", "train"]) == 0
+    assert cli.main([*build, "--set", "split=validation"]) == 0
     settings = {"path": tmp_path / "built", "dataset": "folder", "min_valid": 1}
     everything, held = (
         data.make_source("tfds", split=s, **settings) for s in ("train", "validation")
@@ -244,3 +245,12 @@ def test_data_without_depth_is_told_once(stage, roots, tmp_path, caplog):
     with caplog.at_level("WARNING", logger="d3epth_jax"):
         train.run(config, tmp_path)
     assert len([m for m in caplog.messages if "has depth to be compared with" in m]) == 1
+
+
+def test_weights_of_a_variant_are_another_teacher():
+    config = common.training("latent")
+    config.teacher.path = "nano-teacher"
+    plain = training_data.teacher_identity(config)
+    assert plain.keys() == {"digest", "steps"}
+    config.teacher.variant = "fp16"
+    assert training_data.teacher_identity(config) == plain | {"variant": "fp16"}

@@ -105,6 +105,11 @@ def check(config) -> None:
     """Raises ValueError for what is wrong with the settings whatever the models are."""
     models, predictions = wanted(config)
     problems = wrong_settings(config.eval, sorted(models))
+    if not (config.baselines or models or predictions):
+        problems.append(
+            "nothing to evaluate: no baseline, and no path in `models` and `predictions`, such as"
+            " models.student or predictions.NAME.path"
+        )
     if unknown := set(config.baselines) - set(BASELINES):
         problems.append(f"unknown baselines {sorted(unknown)}: choose from {list(BASELINES)}")
     if both := sorted(models.keys() & predictions.keys()):

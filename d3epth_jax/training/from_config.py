@@ -277,6 +277,7 @@ def _student_of_preset(config, teacher: Start) -> Start:
         prediction_type=_fresh_space(config, teacher),
         processing_resolution=config.model.processing_resolution,
         processing_aspect=config.model.processing_aspect,
+        base=teacher.model.base if parts else "",
         **_computation(config),
     )
     params = init_params(model, config.seed)
@@ -298,7 +299,6 @@ def _student_of_preset(config, teacher: Start) -> Start:
         if copied.fresh:
             told = (f"{'/'.join(path)} ({why})" for path, why in copied.fresh.items())
             log.warning("UNet, random: %s", ", ".join(told))
-        model = dataclasses.replace(model, base=teacher.model.base)
     text = teacher.text if "prompt" in params and params["prompt"].any() else None
     return Start(model, params, text)
 
@@ -344,7 +344,8 @@ def make_loss(config, model: DepthModel, params: Params, trainable: Params, teac
     beta = {name: value for name, value in config.loss.beta.items() if value}
     if "encoder" not in trainable:
         beta.pop("enc", None)
-    terms = tuple(beta)
+    if not (terms := tuple(beta)):
+        raise ValueError("no loss has a weight: set one of loss.beta; enc is for a trained encoder")
     if config.stage == "pixel":
         options = losses.PRESETS[config.loss.preset] | dict(config.loss.options)
         return pixel.make_loss(model, teacher.model, terms=terms, **options), beta

@@ -64,6 +64,11 @@ def run(config, workdir: pathlib.Path) -> pathlib.Path:
         else:
             # Told now, not after data is read or the last step is made.
             hub.require_replaceable(output)
+            if output.is_dir() and not in_use:  # else it might be taken for this run's
+                raise FileExistsError(
+                    f"{output} is of another run, of which no checkpoint is left: choose another"
+                    " --workdir or delete it"
+                )
             from_config.require_models(config)
             training = prepare(config, workdir, checkpoints)
             train(training, checkpoints, output)

@@ -84,17 +84,19 @@ class HostAverage:
 def split_trainable(params: Params, patterns: tuple[str, ...]) -> tuple[Params, Params]:
     """Splits parameters into (trainable, frozen) by regular expressions matched from the start.
 
-    `("unet/", "decoder/layers_9")` trains the UNet and the decoder's last convolution.
+    `("unet/", "decoder/layers_9")` trains the UNet and the decoder's last convolution. The prompt's
+    embedding never trains: it is what the text encoder makes of "" (METHOD 1).
 
     Raises:
       ValueError: patterns that match no parameter, all of them, with the trees there are.
     """
     flat = flatten_dict(params, sep="/")
-    matched = {pattern: {path for path in flat if re.match(pattern, path)} for pattern in patterns}
+    may = [path for path in flat if path != "prompt"]
+    matched = {pattern: {path for path in may if re.match(pattern, path)} for pattern in patterns}
     if idle := [pattern for pattern, paths in matched.items() if not paths]:
         raise ValueError(
             f"trainable patterns that match no parameter: {idle}; parameters begin with"
-            f" {sorted({path.split('/')[0] + '/' for path in flat})}"
+            f" {sorted({path.split('/')[0] + '/' for path in may})}"
         )
     chosen = set().union(*matched.values()) if matched else set()
     if not chosen:

@@ -165,7 +165,8 @@ def teacher_identity(config) -> dict:
     """What a cache and its readers must agree on: which weights, and how many steps were asked."""
     version = {key: config.teacher[key] or None for key in ("revision", "variant")}
     digest = hub.digest(hub.locate(config.teacher.path, **version))
-    return {"digest": digest, "steps": config.teacher.steps}
+    variant = {"variant": version["variant"]} if version["variant"] else {}
+    return {"digest": digest, **variant, "steps": config.teacher.steps}
 
 
 def require_one_reading(training, validation) -> None:

@@ -114,6 +114,7 @@ def save_model(
 ) -> None:
     """Writes a model directory; an old one is replaced only once the new one is complete.
 
+    A model card (README.md) that somebody else wrote there stays.
     Every tensor comes from `params` and `text`, in its own type or in `dtype`. `variant` goes into
     the names of the weights' files ("fp16"). `layout`: "orbax" writes {unet, encoder, decoder} as
     one Orbax tree beside the same JSON files, which `load_model` reads as well, but diffusers not.
@@ -148,7 +149,14 @@ def save_model(
             files.write(fresh / PROMPT, {"prompt": np.asarray(params["prompt"][0], np.float32)})
         if text is not None:
             text.save(fresh, dtype=dtype, variant=variant)
-        (fresh / "README.md").write_text(model_index.card(model))
+        (fresh / "README.md").write_bytes(_own_card(directory) or model_index.card(model).encode())
+
+
+def _own_card(directory: str | os.PathLike) -> bytes:
+    """The model card that somebody else than we wrote there; empty if there is none."""
+    card = pathlib.Path(directory) / "README.md"
+    text = card.read_bytes() if card.is_file() else b""
+    return b"" if model_index.WRITTEN.encode() in text else text
 
 
 def require_replaceable(directory: str | os.PathLike) -> None:
@@ -160,11 +168,11 @@ def require_replaceable(directory: str | os.PathLike) -> None:
         raise FileExistsError(
             f"{path} is the folder you are in, and would be replaced: name another"
         )
-    strangers = (
-        sorted(p.name for p in path.iterdir() if p.name not in _OURS) if path.is_dir() else []
-    )
     if not path.is_dir():
         raise FileExistsError(f"{path} is a file: a model is written as a directory")
+    inside = sorted(p.name for p in path.iterdir())
+    of_a_model = _OURS if "model_index.json" in inside else ()
+    strangers = [name for name in inside if name not in of_a_model]
     if strangers:
         raise FileExistsError(
             f"{path} holds more than a model, and would be replaced: choose another directory, or"
@@ -206,6 +214,8 @@ def digest(path_or_hub_id: str | os.PathLike, revision: str | None = None) -> st
     not there.
     """
     path = download.bundled(path_or_hub_id) or pathlib.Path(path_or_hub_id)
+    if commit := download.commit(path):
+        return commit  # more of its files may come to lie there
     if not path.is_dir():
         try:
             return download.commit(locate(path_or_hub_id, revision=revision, local_files_only=True))

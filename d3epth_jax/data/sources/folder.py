@@ -2,7 +2,9 @@
 
 Layouts: an index (JSON list of objects, or CSV with the same columns), else folders `rgb/` and
 `depth/` beside each other at any level, paired by the path below them without its suffix ("x", or
-"SCENE/x"). Links to folders are followed, and no folder is visited twice. Index fields:
+"SCENE/x"). Where pairs lie in rgb/ and depth/ themselves, folders below them are not read; a
+warning names those that hold pairs too. Hidden folders are passed over. Links to folders are
+followed, and no folder is visited twice. Index fields:
     rgb, depth    paths relative to the index's folder, or to the folder `source` in it
     source, name  optional: group and name of the pair (default: none, and the picture's stem)
     depth_scale   optional: counts per metre of this depth PNG (default: the argument's)
@@ -13,6 +15,7 @@ Depth is 16-bit (or 32-bit integer) PNG, metres = value / depth_scale, or .npy i
 import csv
 import functools
 import json
+import logging
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -22,6 +25,8 @@ import numpy as np
 from d3epth_jax import image as image_lib
 from d3epth_jax.data.sources import files
 from d3epth_jax.data.sources.files import FileSource, Item, Problem, SourceError
+
+log = logging.getLogger(__name__)
 
 PICTURES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".ppm"}
 DEPTHS = {".png", ".npy"}
@@ -179,10 +184,12 @@ def _find_pairs(root: Path, depth_scale: float | None) -> tuple[list[Item], list
     """Pairs rgb/NAME.* and depth/NAME.* below the root, and files that make no pair."""
     pairs, problems = [], []
     for folder, children in _walk(root):
+        children[:] = [name for name in children if not name.startswith(".")]  # such as .Trash
         if not {"rgb", "depth"} <= set(children):
             continue
         source = folder.relative_to(root).as_posix().removeprefix(".")
-        for below in sorted({*_subfolders(folder / "rgb"), *_subfolders(folder / "depth")}):
+        subfolders = sorted({*_subfolders(folder / "rgb"), *_subfolders(folder / "depth")})
+        for below in subfolders:
             pictures = _by_stem(folder / "rgb" / below, PICTURES)
             depths = _by_stem(folder / "depth" / below, DEPTHS)
             group = "/".join(filter(None, (source, below)))
@@ -206,8 +213,26 @@ def _find_pairs(root: Path, depth_scale: float | None) -> tuple[list[Item], list
                 pair = dict(zip(("image", "depth"), found, strict=True))
                 pairs.append(Item(name, group or root.name, pair, {"depth_scale": depth_scale}))
             if not below and pictures and depths:
-                break  # what lies below pairs is previews, other sizes and the like
+                # What lies below pairs is previews, other sizes and the like.
+                _tell_unread(folder, [name for name in subfolders if name])
+                break
     return pairs, problems
+
+
+def _tell_unread(folder: Path, subfolders: Sequence[str]) -> None:
+    """Warns of folders that seem to hold pairs, and are not read."""
+    unread = [
+        below
+        for below in subfolders
+        if _by_stem(folder / "rgb" / below, PICTURES).keys()
+        & _by_stem(folder / "depth" / below, DEPTHS).keys()
+    ]
+    if unread:
+        log.warning(
+            "%s: pairs lie in rgb/ and depth/ themselves, so those in folders below them are not"
+            " read: %s. If they should be, move the others to a folder of their own too",
+            *(folder, files.told(unread).replace("problem(s)", "folder(s)")),
+        )
 
 
 def _by_stem(folder: Path, suffixes: set[str]) -> dict[str, list[Path]]:
