@@ -271,8 +271,8 @@ def _arguments(source: str):
 def _split(args: argparse.Namespace, settings: dict) -> str:
     """What a source's samples are called in a built set: never "train" by mere default."""
     known = _arguments(args.source).get("split")
-    named = args.source.partition("/")[2] or (known.default if known else "")
-    if split := args.split or settings.get("split", named):
+    of_the_source = settings.get("split", known.default if known else "")
+    if split := args.split or args.source.partition("/")[2] or of_the_source:
         return split
     of_a_part = ", or --set split=... for one of its own" if known else ""
     raise ValueError(

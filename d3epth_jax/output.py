@@ -26,5 +26,7 @@ def cannot_be_made(folder: pathlib.Path) -> str:
 
 
 def cannot_be_written(file: pathlib.Path) -> str:
-    """Why a file of results cannot be written, as `cannot_be_made`."""
+    """Why a file of results cannot be written, as `cannot_be_made`; devices and pipes can."""
+    if file.exists() and not (file.is_file() or file.is_dir()):
+        return ""
     return f"{file} is a folder: name a file" if file.is_dir() else cannot_be_made(file.parent)

@@ -391,3 +391,10 @@ def test_ibims_edges_of_another_size(tmp_path):
     Image.new("1", (15, 12)).save(paths["edges"])
     (problem,) = ibims(tmp_path).check(0)
     assert f"edges {paths['edges']} 15x12" in problem and str(paths["image"]) in problem
+
+
+def test_a_folder_of_diode_is_of_its_own_split(tmp_path):
+    trees.write_diode(tmp_path, NAMES["diode"][0], plane(), gradient(), folder="train")
+    assert len(diode(tmp_path / "train", split="train")) == 1
+    with pytest.raises(ValueError, match="folder of the other split: set split=train"):
+        diode(tmp_path / "train")

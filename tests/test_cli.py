@@ -212,7 +212,7 @@ def test_no_result_overwrites_another(fake, tmp_path):
 @pytest.mark.parametrize("out", ["in", "in/results", "in/sub/results", "."])
 def test_results_are_not_taken_for_pictures(fake, tmp_path, out):
     write(tmp_path / "in" / "a.png")
-    write(tmp_path / "in" / "sub" / "b_depth.png")  # a picture, for there is no b.npy
+    write(tmp_path / "in" / "sub" / "b_depth.png")  # a picture, for it is not ours
     for _ in range(2):
         assert predict(tmp_path / "in", out=tmp_path / out) == 0
         assert sum(len(sizes) for sizes, _ in fake.last.calls) == 2

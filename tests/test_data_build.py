@@ -376,7 +376,7 @@ def test_the_command_builds_and_says_what(pairs, tmp_path, capsys):
         ("diode", [], "val"),
         ("hypersim", ["--split", "mine"], "mine"),
         ("tfds:some", [], "train"),
-        ("tfds:some/validation", [], "validation"),
+        ("tfds:some/validation", ["--set", "split=train"], "validation"),  # what is read
         ("ibims", [], None),
         ("vkitti2", ["--set", "split="], None),
     ],

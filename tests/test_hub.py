@@ -417,7 +417,8 @@ def test_a_model_in_the_hubs_cache_is_found_offline(saved, tmp_path):
     loaded = hub.load_model("owner/model", cache_dir=tmp_path, local_files_only=True)
     assert loaded.model.base == f"owner/model@{'a' * 40}"
     # Whichever of its files lie there.
-    assert hub.digest(repo / "snapshots" / ("a" * 40)) == "a" * 40
+    snapshot = repo / "snapshots" / ("a" * 40)
+    assert hub.digest(snapshot) == "a" * 40 and hub.digest(snapshot / "unet").endswith("aaa/unet")
     with pytest.raises(FileNotFoundError):
         hub.load_model("owner/model", cache_dir=tmp_path, local_files_only=True, revision="b" * 40)
     with pytest.raises(ValueError, match="nano is no model of the hub, and has no revision main"):

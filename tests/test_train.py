@@ -268,8 +268,11 @@ def test_a_model_of_another_run_is_not_taken_for_this_ones(pairs, tmp_path):
     config = teacher_config(pairs, steps=2)
     train.run(config, tmp_path)
     (tmp_path / "checkpoints").rename(tmp_path / "elsewhere")
-    with pytest.raises(FileExistsError, match="model is of another run, of which no checkpoint"):
+    before = (tmp_path / "config.json").read_text()
+    config.train.steps = 4
+    with pytest.raises(FileExistsError, match="no checkpoint of its training is left"):
         train.run(config, tmp_path)
+    assert (tmp_path / "config.json").read_text() == before
 
 
 def test_another_models_checkpoint_is_refused(pairs, tmp_path, monkeypatch):

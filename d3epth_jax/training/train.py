@@ -57,6 +57,12 @@ def run(config, workdir: pathlib.Path) -> pathlib.Path:
         Checkpoints(workdir / "checkpoints", keep=config.train.keep_checkpoints) as checkpoints,
     ):
         in_use = checkpoints.latest is not None
+        if not in_use and output.is_dir() and any(output.iterdir()):
+            hub.require_replaceable(output)
+            raise FileExistsError(  # it might be taken for what this run makes
+                f"{output} is there, and no checkpoint of its training is left: choose another"
+                " --workdir or delete it"
+            )
         runs.claim(workdir, config, in_use=in_use)
         if checkpoints.latest == config.train.steps and output.is_dir():
             runs.claim_origins(workdir, config, in_use=True)
@@ -64,11 +70,6 @@ def run(config, workdir: pathlib.Path) -> pathlib.Path:
         else:
             # Told now, not after data is read or the last step is made.
             hub.require_replaceable(output)
-            if output.is_dir() and not in_use:  # else it might be taken for this run's
-                raise FileExistsError(
-                    f"{output} is of another run, of which no checkpoint is left: choose another"
-                    " --workdir or delete it"
-                )
             from_config.require_models(config)
             training = prepare(config, workdir, checkpoints)
             train(training, checkpoints, output)

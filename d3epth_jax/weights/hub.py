@@ -149,14 +149,17 @@ def save_model(
             files.write(fresh / PROMPT, {"prompt": np.asarray(params["prompt"][0], np.float32)})
         if text is not None:
             text.save(fresh, dtype=dtype, variant=variant)
-        (fresh / "README.md").write_bytes(_own_card(directory) or model_index.card(model).encode())
+        (fresh / "README.md").write_bytes(_kept_card(directory) or model_index.card(model).encode())
 
 
-def _own_card(directory: str | os.PathLike) -> bytes:
-    """The model card that somebody else than we wrote there; empty if there is none."""
+def _kept_card(directory: str | os.PathLike) -> bytes:
+    """The model card there that we did not write, which stays; empty if there is none."""
     card = pathlib.Path(directory) / "README.md"
     text = card.read_bytes() if card.is_file() else b""
-    return b"" if model_index.WRITTEN.encode() in text else text
+    if not text or model_index.WRITTEN.encode() in text:
+        return b""
+    log.warning("%s stays as it is, being written by others: is it true of this model?", card)
+    return text
 
 
 def require_replaceable(directory: str | os.PathLike) -> None:
@@ -215,7 +218,8 @@ def digest(path_or_hub_id: str | os.PathLike, revision: str | None = None) -> st
     """
     path = download.bundled(path_or_hub_id) or pathlib.Path(path_or_hub_id)
     if commit := download.commit(path):
-        return commit  # more of its files may come to lie there
+        # Its files may become more; models in folders of it have that in common.
+        return commit + path.resolve().as_posix().partition(commit)[2]
     if not path.is_dir():
         try:
             return download.commit(locate(path_or_hub_id, revision=revision, local_files_only=True))

@@ -30,16 +30,21 @@ def diode(
 
     Args:
       path: the folder that holds val and train, or one of these.
-      split: "val" or "train"; not looked at if `path` is that folder itself.
+      split: "val" or "train", which `path` may also be the folder of.
       filename_list: names, or lines as in Marigold's diode_val_all_filename_list.txt.
       on_error: as FileSource.
 
-    Groups are "indoors" and "outdoor". Raises SourceError; ValueError for another split.
+    Groups are "indoors" and "outdoor". Raises SourceError; ValueError for another split, also
+    of that of `path`.
     """
     if split not in ("val", "train"):
         raise ValueError(f"split must be 'val' or 'train', got {split!r}")
     root = files.require_folder(path)
     folder = root if any((root / domain).is_dir() for domain in DOMAINS) else root / split
+    if folder == root and {root.resolve().name, split} == {"val", "train"}:
+        raise ValueError(
+            f"{root} is the folder of the other split: set split={root.resolve().name}"
+        )
     return FileSource(
         root,
         _items(folder),

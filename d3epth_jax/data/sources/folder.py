@@ -229,9 +229,9 @@ def _tell_unread(folder: Path, subfolders: Sequence[str]) -> None:
     ]
     if unread:
         log.warning(
-            "%s: pairs lie in rgb/ and depth/ themselves, so those in folders below them are not"
-            " read: %s. If they should be, move the others to a folder of their own too",
-            *(folder, files.told(unread).replace("problem(s)", "folder(s)")),
+            "%s: pairs lie in rgb/ and depth/ themselves, so those in %d folder(s) below them are"
+            " not read: %s. If they should be, move the others to a folder of their own too",
+            *(folder, len(unread), ", ".join(unread[:10]) + " ..." * (len(unread) > 10)),
         )
 
 
