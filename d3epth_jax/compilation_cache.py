@@ -40,7 +40,7 @@ def use_compilation_cache() -> None:
             raise PermissionError(f"{folder} is not writable")
         with contextlib.suppress(FileNotFoundError):  # another process does so now
             prune(folder, MOST)
-    except (OSError, RuntimeError) as error:  # RuntimeError: the user has no home
+    except OSError as error:
         log.info("compiled programs are not kept for the next run: %s", error)
         return
     jax.config.update("jax_compilation_cache_dir", str(folder))

@@ -162,12 +162,13 @@ def check(args: argparse.Namespace) -> int:
 
 def build(args: argparse.Namespace) -> int:
     """`d3epth data build`: the exit code."""
+    from d3epth_jax import data
     from d3epth_jax.data import build as building
     from d3epth_jax.data.sources.files import SourceError
 
     try:
         settings = _settings(args)
-        source_name, _, rest = args.source.partition(":")
+        source_name, set_name, _ = data.parts(args.source)
         if (args.height is None) != (args.width is None):
             raise ValueError("--height and --width belong together")
         if args.crop and args.height is None:
@@ -178,7 +179,7 @@ def build(args: argparse.Namespace) -> int:
         made = building.build(
             source,
             args.out,
-            dataset=args.name or (rest.partition("/")[0] or source_name),
+            dataset=args.name or set_name.partition("/")[0] or source_name,
             split=split,
             origin={
                 "name": args.source,
@@ -265,14 +266,16 @@ def _arguments(source: str):
     """The arguments by name of a source's function."""
     from d3epth_jax import data
 
-    return inspect.signature(data.source_function(source.partition(":")[0])).parameters
+    return inspect.signature(data.source_function(data.parts(source)[0])).parameters
 
 
 def _split(args: argparse.Namespace, settings: dict) -> str:
     """What a source's samples are called in a built set: never "train" by mere default."""
+    from d3epth_jax import data
+
     known = _arguments(args.source).get("split")
     of_the_source = settings.get("split", known.default if known else "")
-    if split := args.split or args.source.partition("/")[2] or of_the_source:
+    if split := args.split or data.parts(args.source)[2] or of_the_source:
         return split
     of_a_part = ", or --set split=... for one of its own" if known else ""
     raise ValueError(

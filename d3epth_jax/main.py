@@ -118,7 +118,8 @@ def _unset(config: ConfigDict) -> list[str]:
 
 
 def fill_in(config: ConfigDict, workdir: pathlib.Path) -> ConfigDict:
-    """A copy with `{workdir}`, and a `~/` at the beginning, replaced in all strings."""
+    """A copy with `{workdir}`, and a `~/` at the beginning, replaced in all strings that are
+    values themselves."""
     filled = config.copy_and_resolve_references()
     for name, value in config.items():
         if isinstance(value, ConfigDict):

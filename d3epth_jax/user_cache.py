@@ -7,7 +7,10 @@ import pathlib
 def user_cache(content: str) -> pathlib.Path:
     """The folder of one kind of content: d3epth_jax/CONTENT in $XDG_CACHE_HOME or ~/.cache.
 
-    It need not exist yet. Raises RuntimeError if the user has no home.
+    It need not exist yet. Raises FileNotFoundError if the user has no home.
     """
-    home = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
+    try:
+        home = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
+    except RuntimeError as error:
+        raise FileNotFoundError("this user has no home, nor XDG_CACHE_HOME") from error
     return pathlib.Path(home) / "d3epth_jax" / content

@@ -101,7 +101,7 @@ pathlib.Path.home = home
 """
     out = python(tmp_path, "-c", homeless + CHILD, XDG_CACHE_HOME="")
     assert out.stdout.startswith("None\n")
-    assert "are not kept for the next run: Could not determine home" in out.stderr
+    assert "are not kept for the next run: this user has no home" in out.stderr
 
 
 @pytest.mark.slow

@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -267,6 +268,23 @@ def test_splits_share_a_folder(pairs, tmp_path):
     np.testing.assert_array_equal(
         both[6]["depth"], data.make_source("tfds:small/validation", path=tmp_path)[0]["depth"]
     )
+
+
+def test_splits_that_end_together_are_both_told(pairs, tmp_path, monkeypatch):
+    describe, held = building._dataset_info, {"split": "validation", "shards": 1}
+    make(pairs, tmp_path / "apart", **held)
+
+    def meanwhile(folder, dataset):
+        told = describe(folder, dataset)
+        if held:
+            shutil.copy(tmp_path / "apart/small/1.0.0/manifest-validation.json", folder)
+            held.clear()
+        return told
+
+    monkeypatch.setattr(building, "_dataset_info", meanwhile)
+    make(pairs, tmp_path / "out")
+    info = json.loads((tmp_path / "out/small/1.0.0/dataset_info.json").read_text())
+    assert sorted(split["name"] for split in info["splits"]) == ["train", "validation"]
 
 
 def test_unreadable_samples_are_all_told_and_nothing_is_finished(pairs, tmp_path):

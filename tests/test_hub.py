@@ -3,6 +3,7 @@
 import dataclasses
 import fnmatch
 import json
+import pathlib
 import shutil
 import warnings
 
@@ -88,6 +89,13 @@ def test_the_prompt_is_computed_once(saved, monkeypatch, tmp_path):
     files.write(cached, {"prompt": first + 1})
     np.testing.assert_array_equal(hub.load_model(directory).params["prompt"], first + 1)
     cached.write_bytes(b"torn")
+    np.testing.assert_array_equal(hub.load_model(directory).params["prompt"], first)
+
+    def no_home():
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setattr(pathlib.Path, "home", no_home)
     np.testing.assert_array_equal(hub.load_model(directory).params["prompt"], first)
 
 
@@ -254,7 +262,7 @@ def test_nothing_but_a_model_is_replaced(saved, tmp_path, capsys, monkeypatch):
     pipe = DepthPipeline.from_pretrained(saved[0])
     (tmp_path / "thesis/other").mkdir(parents=True)
     (tmp_path / "thesis/notes.txt").write_text("years of work")
-    with pytest.raises(FileExistsError, match=r"thesis holds more than a model.*notes.txt, other"):
+    with pytest.raises(FileExistsError, match=r"thesis holds more than a model.*notes.txt, other$"):
         pipe.save_pretrained(tmp_path / "thesis")
     photo = tmp_path / "photo.jpg"
     photo.write_bytes(b"picture")
@@ -269,6 +277,10 @@ def test_nothing_but_a_model_is_replaced(saved, tmp_path, capsys, monkeypatch):
     (tmp_path / "notes/README.md").write_text("years of work")
     with pytest.raises(FileExistsError, match=r"In it: README.md"):
         pipe.save_pretrained(tmp_path / "notes")  # whose name a model's file might have
+    (model / "unet/training.pt").write_bytes(b"hours of work")
+    (model / "vae/plots").mkdir()
+    with pytest.raises(FileExistsError, match=r"In it: unet/training.pt, vae/plots$"):
+        pipe.save_pretrained(model)
     (tmp_path / "empty").mkdir()
     pipe.save_pretrained(tmp_path / "empty")
     pipe.save_pretrained(tmp_path / "empty")  # its own model it replaces

@@ -72,7 +72,7 @@ def test_a_card_of_somebodys_own_on_the_hub_is_kept(card, kept, tmp_path, monkey
             self.token = token
 
         def create_repo(self, repo_id, **_):
-            return f"https://huggingface.co/{repo_id}"
+            return huggingface_hub.RepoUrl(f"https://huggingface.co/me/{repo_id}")
 
         def file_exists(self, repo_id, name):
             return card is not None
@@ -85,5 +85,5 @@ def test_a_card_of_somebodys_own_on_the_hub_is_kept(card, kept, tmp_path, monkey
             calls.append(given)
 
     monkeypatch.setattr(huggingface_hub, "HfApi", Api)
-    assert hub.push("me/mine", lambda directory: None, token=None, private=None).endswith("me/mine")
-    assert calls[0]["ignore_patterns"] == kept
+    assert hub.push("mine", lambda directory: None, token=None, private=None).endswith("me/mine")
+    assert calls[0]["ignore_patterns"] == kept and calls[0]["repo_id"] == "me/mine"

@@ -44,6 +44,8 @@ def test_a_folder_of_that_name_comes_first(tmp_path, monkeypatch):
     assert locate("nano", subfolder="unet") == BUNDLED["nano"] / "unet"
     pathlib.Path("nano").mkdir()
     assert locate("nano") == pathlib.Path("nano")
+    with pytest.raises(FileNotFoundError, match="hides the model of the package"):
+        hub.load_model("nano")
 
 
 def test_predict_needs_no_more_than_a_photo_and_no_network(tmp_path, monkeypatch):

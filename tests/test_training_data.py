@@ -173,6 +173,29 @@ def test_a_built_copy_of_what_is_evaluated_on_is_noticed(tmp_path, monkeypatch):
     apart.require_apart(raw["train"], held)
 
 
+def test_a_copy_of_a_copy_is_noticed(tmp_path):
+    write_pairs(tmp_path / "pairs", 3)
+    build = ["--out", str(tmp_path / "built"), "--workers", "0"]
+    folder = ["folder", str(tmp_path / "pairs"), "--set", "depth_scale=1000", "--split", "train"]
+    assert cli.main(["data", "build", *folder, *build, "--name", "one"]) == 0
+    again = ["tfds:one/train", str(tmp_path / "built"), "--set", "min_valid=1"]
+    assert cli.main(["data", "build", *again, *build, "--name", "two"]) == 0
+    one, two = (
+        data.make_source(f"tfds:{n}/train", path=tmp_path / "built", min_valid=1)
+        for n in ("one", "two")
+    )
+    pairs = data.make_source("folder", path=tmp_path / "pairs", depth_scale=1000.0)
+    for training, validation in ((one, two), (two, one), (two, pairs)):
+        with pytest.raises(ValueError, match="3 samples are both trained and evaluated on"):
+            apart.require_apart(training, validation)
+
+
+def test_a_tfds_set_with_a_config_has_its_split_behind_the_last_slash():
+    assert data.parts("tfds:nyu/labeled/train") == ("tfds", "nyu/labeled", "train")
+    assert data.parts("tfds:nyu") == ("tfds", "nyu", "")
+    assert data.parts("kitti") == ("kitti", "", "")
+
+
 def test_built_scenes_are_told_apart_by_their_seed(tmp_path):
     built = {}
     for folder, seed in (("one", 7), ("again", 7), ("other", 8)):

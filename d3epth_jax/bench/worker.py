@@ -52,7 +52,7 @@ class Worker:
             line = self._process.stdout.readline()
         except BrokenPipeError:
             line = ""
-        if not line:
+        if not line.endswith("\n"):  # it may have died in the middle of one
             raise WorkerError(self._end())
         answer = json.loads(line)
         if "error" in answer:

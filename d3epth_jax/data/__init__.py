@@ -26,14 +26,20 @@ def make_source(name: str, **settings):
 
     "tfds:NAME/SPLIT" is tfds with dataset="NAME", split="SPLIT".
     """
-    name, _, dataset = name.partition(":")
+    name, dataset, split = parts(name)
     if dataset and name == "tfds":
-        dataset, _, split = dataset.rpartition("/") if "/" in dataset else (dataset, "", "")
         settings = settings | {"dataset": dataset} | ({"split": split} if split else {})
     elif dataset:
         raise ValueError(f"data source {name!r} takes no {dataset!r}; only tfds:NAME does")
     require_settings(name, settings)
     return source_function(name)(**settings)
+
+
+def parts(name: str) -> tuple[str, str, str]:
+    """A source's name and, of "tfds:NAME/SPLIT", data set and split; NAME may have a "/" itself."""
+    name, _, dataset = name.partition(":")
+    dataset, _, split = dataset.rpartition("/") if "/" in dataset else (dataset, "", "")
+    return name, dataset, split
 
 
 def require_settings(name: str, settings: Iterable[str]) -> None:

@@ -27,9 +27,14 @@ def require_apart(training, validation) -> None:
 
 
 def origin(source) -> str | None:
-    """The folder that the samples of a source come from, or that of their copies if many."""
+    """The folder that the samples of a source come from, or that of their copies if many; of
+    rendered scenes their seed."""
     roots = {root for root, _ in _names_in_root(source)}
-    return roots.pop() if len(roots) == 1 else getattr(source, "root", None) and str(source.root)
+    if len(roots) == 1:
+        return roots.pop()
+    if (seed := getattr(source, "seed", None)) is not None:
+        return f"scenes of seed {seed}"
+    return getattr(source, "root", None) and str(source.root)
 
 
 def _names_in_root(source) -> set[tuple[str, ...]]:
@@ -58,14 +63,7 @@ def _built_from(source) -> dict[str, str]:
         return {}
     found = {}
     for each in manifest.read_manifests(source.root).values():
-        origin = each["plan"]["source"]
-        if origin["name"] == "procedural":
-            where = f"scenes of seed {origin['seed']}"
-        else:
-            # Of "tfds:NAME/SPLIT" the path holds many data sets.
-            path, name = origin["path"], origin["name"].partition(":")[2].rpartition("/")[0]
-            where = str(pathlib.Path(path, name or origin.get("dataset", "")))
-        found |= dict.fromkeys(each["shards"], where)
+        found |= dict.fromkeys(each["shards"], each["root"])
     return found
 
 

@@ -30,7 +30,7 @@ from PIL import Image
 from tensorflow_datasets.proto import tf_example_pb2, tf_feature_pb2
 
 from d3epth_jax import atomic
-from d3epth_jax.data import manifest
+from d3epth_jax.data import apart, manifest
 from d3epth_jax.data.filters import rejection
 from d3epth_jax.data.sources.files import Sample, SourceError
 from d3epth_jax.data.transforms import CROPS, fit_to
@@ -336,6 +336,7 @@ def _finish(job: Job, plan: dict, unlisted: Sequence[str], entries: list[dict], 
     content = {
         "format": manifest.FORMAT,
         "plan": plan,
+        "root": apart.origin(job.source) or str(job.folder),  # of `require_apart`
         "samples": samples,
         "dropped": sum(len(entry["dropped"]) for entry in entries),
         "unreadable": len(unreadable),
@@ -344,8 +345,10 @@ def _finish(job: Job, plan: dict, unlisted: Sequence[str], entries: list[dict], 
     }
     manifest.write_json(job.folder / "features.json", features().to_json(), work)
     manifest.write_json(manifest.manifest_file(job.folder, job.split), content, work)
-    info = _dataset_info(job.folder, job.dataset)
-    manifest.write_json(job.folder / "dataset_info.json", info, work)
+    told = None
+    while told != (info := _dataset_info(job.folder, job.dataset)):  # other splits may end now
+        manifest.write_json(job.folder / "dataset_info.json", info, work)
+        told = info
     shutil.rmtree(work)
     return content
 

@@ -9,7 +9,7 @@ import json
 import os
 from pathlib import Path
 
-FORMAT = 1
+FORMAT = 2
 AGAIN = "run the same `d3epth data build` again: it keeps the shards that are whole"
 
 

@@ -225,6 +225,7 @@ class NamedScenes:
 
     def __init__(self, source):
         self._source, self._number, self._samples = source, None, []
+        self.seed = source.seed
 
     def __len__(self) -> int:
         return len(self._source)

@@ -40,6 +40,8 @@ _OURS = {
     *("model_index.json", "unet", "vae", "scheduler", "text_encoder", "tokenizer", "README.md"),
     *(PROMPT, ORBAX, "feature_extractor", "safety_checker", ".gitattributes"),
 }
+_KINDS = (".json", ".safetensors", ".bin")  # of the files in its folders
+LISTED = 10  # files that are told by name
 _NEEDED = (
     "model_index.json",
     "unet/config.json",
@@ -82,8 +84,11 @@ def load_model(
     """
     directory = locate(path_or_hub_id, variant=variant, **where)
     if missing := [name for name in _NEEDED if not (directory / name).is_file()]:
+        hides = "; it hides the model of the package that is called so" * (
+            str(path_or_hub_id) in download.BUNDLED
+        )
         raise FileNotFoundError(
-            f"{directory} is not a model directory in diffusers' layout; missing: {missing}"
+            f"{directory} is not a model directory in diffusers' layout{hides}; missing: {missing}"
         )
     model, kind = _read_settings(directory)
     predicts_depth = kind in model_index.DEPTH_PIPELINES
@@ -173,14 +178,28 @@ def require_replaceable(directory: str | os.PathLike) -> None:
         )
     if not path.is_dir():
         raise FileExistsError(f"{path} is a file: a model is written as a directory")
-    inside = sorted(p.name for p in path.iterdir())
-    of_a_model = _OURS if "model_index.json" in inside else ()
-    strangers = [name for name in inside if name not in of_a_model]
+    a_model = (path / "model_index.json").is_file()
+    strangers = sorted(
+        file.relative_to(path).as_posix()
+        for file in path.rglob("*")
+        if not (a_model and _of_a_model(file, path))
+    )
     if strangers:
+        more = f" and {len(strangers) - LISTED} more" if len(strangers) > LISTED else ""
         raise FileExistsError(
             f"{path} holds more than a model, and would be replaced: choose another directory, or"
-            f" delete it. In it: {', '.join(strangers)}"
+            f" delete it. In it: {', '.join(strangers[:LISTED])}{more}"
         )
+
+
+def _of_a_model(file: pathlib.Path, directory: pathlib.Path) -> bool:
+    """Whether a model's directory may hold such a file or folder."""
+    top, *below = file.relative_to(directory).parts
+    if top not in _OURS:
+        return False
+    if not below or top == ORBAX:
+        return True
+    return len(below) == 1 and (file.suffix in _KINDS or file.name == "merges.txt")
 
 
 def load_autoencoder(
@@ -244,6 +263,7 @@ def push(
 
     api = huggingface_hub.HfApi(token=token)
     url = api.create_repo(repo_id, private=private, exist_ok=True)
+    repo_id = url.repo_id  # with its owner, who may be left out
     with tempfile.TemporaryDirectory() as parent:
         directory = os.path.join(parent, "model")
         save(directory)

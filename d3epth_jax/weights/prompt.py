@@ -104,17 +104,19 @@ def empty_prompt(encoder: PromptEncoder, directory: pathlib.Path, padding: str) 
             f"{directory}: the tokenizer's ids {ids} exceed the text encoder's vocabulary"
         )
     name = hashlib.sha256(json.dumps([encoder.config, ids, encoder.origin]).encode()).hexdigest()
-    cached = user_cache("prompts") / f"{name}.safetensors"
+    name += ".safetensors"
     try:
-        return files.read(cached)["prompt"].copy()
-    except (FileNotFoundError, ValueError, KeyError):
+        return files.read(user_cache("prompts") / name)["prompt"].copy()
+    except (OSError, ValueError, KeyError):
         pass  # not there, or not whole: computed again
     module = TextEncoder(TextEncoderConfig.from_dict(encoder.config))
     params = jax.tree.map(lambda x: np.asarray(x, np.float32), encoder.params)
-    prompt = np.asarray(jax.jit(module.apply)({"params": params}, jnp.asarray([ids])))
+    with jax.default_matmul_precision("highest"):  # it is kept, also for other devices
+        prompt = np.asarray(jax.jit(module.apply)({"params": params}, jnp.asarray([ids])))
     try:
-        cached.parent.mkdir(parents=True, exist_ok=True)
-        files.write(cached, {"prompt": prompt})
+        folder = user_cache("prompts")
+        folder.mkdir(parents=True, exist_ok=True)
+        files.write(folder / name, {"prompt": prompt})
     except OSError as error:
         log.info("the empty prompt's embedding is not cached: %s", error)
     return prompt

@@ -314,7 +314,7 @@ def _unique(items: Iterable[Item]) -> tuple[list[Item], list[str]]:
         if (first := by_name.setdefault(item.name, item)) is not item:
             problems.append(
                 f"{item.files['image']}: {item.name!r} is already the name of"
-                f" {first.files['image']}"
+                f" {first.files['image']}: rename one (in an index by `name` or `source`)"
             )
     return list(by_name.values()), problems
 

@@ -175,16 +175,11 @@ class Reader:
     """Reads items of a split: a function that opens the shards when a process first calls it."""
 
     def __init__(self, folder: Path, split: str, image: str, depth: str):
-        self._settings = self._folder, self._split, self._image, self._depth = (
-            folder,
-            split,
-            image,
-            depth,
-        )
+        self._folder, self._split, self._image, self._depth = folder, split, image, depth
         self._lock = threading.Lock()
 
     def __reduce__(self):
-        return type(self), self._settings
+        return type(self), (self._folder, self._split, self._image, self._depth)
 
     def __call__(self, item: Item) -> files.Sample:
         where = f"{item.files['image']}, record {item.settings['record']}"
