@@ -58,8 +58,7 @@ def denoise(
 
 
 def _unet(model: DepthModel, params: Params, rgb_latent: Latent, depth_latent: Latent, timestep):
-    takes_depth = model.unet.in_channels > rgb_latent.shape[-1]
-    sample = jnp.concatenate([rgb_latent, depth_latent], -1) if takes_depth else rgb_latent
+    sample = jnp.concatenate([rgb_latent, depth_latent], -1) if model.takes_depth else rgb_latent
     return model.modules["unet"].apply(
         {"params": params["unet"]}, sample, timestep, params.get("prompt")
     )

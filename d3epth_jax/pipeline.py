@@ -257,6 +257,7 @@ class DepthPipeline:
         resolution = _given(processing_resolution, self.model.processing_resolution)
         zeros = latents is None and self.model.from_zeros
         problems, last = [], schedule.num_train_timesteps - 1
+        latents_enter = True
         if steps is None:
             problems.append(
                 "the model names no default number of steps: give num_inference_steps (--steps)"
@@ -268,7 +269,8 @@ class DepthPipeline:
                 first = schedule.timesteps(steps)[0]
                 # The timestep of several steps is an array's, which may have any value.
                 start = first if steps == 1 else last
-                schedule.z0(0.0, 0.0, start)
+                alone = float(schedule.z0(0.0, 1.0, start))  # what a latent adds by itself
+                latents_enter = self.model.takes_depth or steps != 1 or abs(alone) > 1e-6
             except ValueError as error:
                 problems.append(str(error))
         if resolution is None:
@@ -289,7 +291,12 @@ class DepthPipeline:
             )
         if output_uncertainty and ensemble_size < 3:  # of two the median deviation is 0
             problems.append("output_uncertainty compares members: set ensemble_size to 3 or more")
-        if zeros and ensemble_size > 1:
+        if ensemble_size > 1 and not latents_enter:
+            problems.append(
+                "the model does not see latents, so all members of an ensemble would be equal: set"
+                " ensemble_size to 1"
+            )
+        elif ensemble_size > 1 and zeros:
             problems.append(
                 "the model starts from zero latents, so all members of an ensemble would be equal:"
                 " set ensemble_size to 1, or pass different `latents`"
@@ -299,6 +306,8 @@ class DepthPipeline:
 
         if zeros:
             _tell(self.model, logging.INFO, "the model starts from zero latents")
+        if latents is not None and not latents_enter:
+            _tell(self.model, logging.WARNING, "`latents` have no effect: the model sees none")
         if key is not None and (zeros or latents is not None):
             _tell(self.model, logging.WARNING, "the seed (`key`) has no effect: nothing is drawn")
         if zeros and steps > 1 and self.model.denoising_steps == 1:

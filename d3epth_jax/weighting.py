@@ -59,12 +59,15 @@ def dwa(
     first window, as DWA itself does not balance magnitudes. A window without a valid loss, or in
     which all are zero, keeps its predecessor's mean. ValueError for options out of range.
     """
-    low, high = ratio_clip or (0.0, float("inf"))
-    if num_tasks < 1 or window < 1 or not temperature > 0 or not 0 <= low <= high:
+    ends = tuple(ratio_clip or (0.0, float("inf")))
+    clips = len(ends) == 2 and 0 <= ends[0] <= ends[1]
+    if num_tasks < 1 or window < 1 or not temperature > 0 or not clips:
         raise ValueError(
             "dwa needs num_tasks >= 1, window >= 1, temperature > 0 and ratio_clip (low, high) or "
             f"None, not {num_tasks}, {window}, {temperature} and {ratio_clip}"
         )
+
+    low, high = ends
 
     def init() -> DwaState:
         zeros, none = jnp.zeros(num_tasks), jnp.zeros(num_tasks, jnp.int32)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import logging
+import math
 
 import pytest
 
@@ -46,6 +47,8 @@ NONE = {f"loss.beta.{term}": 0.0 for term in nano.stage2().loss.beta}
         ({"loss.options.penalty": "l2"}, "unknown penalty 'l2'"),
         ({"loss.options.tau": 0.0}, "tau must be positive"),
         ({"loss.beta.edge": -0.5}, "loss.beta.edge is at least 0, not -0.5"),
+        ({"loss.beta.edge": math.nan}, "loss.beta.edge is at least 0, not nan"),
+        ({"data.height": 0}, "data.height is at least 1, not 0"),
         (NONE, "no loss has a weight"),
     ],
 )

@@ -197,7 +197,7 @@ def test_drawn_latents_do_not_depend_on_the_place_in_a_list():
 def test_an_ensembles_picture_is_encoded_once_for_all_its_members(batch_size, encoded, monkeypatch):
     seen, encode = [], inference.encode_image
     monkeypatch.setattr(inference, "encode_image", lambda *a: seen.append(len(a[2])) or encode(*a))
-    pipe = pipeline_of(denoising_steps=None)
+    pipe = pipeline_of(unet=small_unet(channels=8), denoising_steps=None)
     picture = scenes(1)["image"].astype(np.float32) / 255
     pipe(picture, num_inference_steps=1, ensemble_size=3, batch_size=batch_size)
     assert seen == [encoded]
@@ -287,6 +287,12 @@ def test_what_is_unusual_is_told_once(caplog):
     ((level, message),) = told(caplog, four, ensemble_size=2)
     assert level == "WARNING" and "hardly better than 1" in message
     latents = np.zeros((1, 4, 4, 4))
+    blind = pipe_of("sees none")
+    assert told(caplog, blind, latents=latents) == [
+        ("WARNING", "`latents` have no effect: the model sees none")
+    ]
+    with pytest.raises(ValueError, match="does not see latents, so all members"):
+        blind.check(latents=latents, ensemble_size=3)
     assert told(caplog, four, latents=latents) == []
     ((level, message),) = told(caplog, four, latents=latents, key=jax.random.key(0))
     assert level == "WARNING" and "has no effect" in message

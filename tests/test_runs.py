@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import pathlib
 import shutil
 
 import pytest
@@ -25,6 +26,26 @@ def test_a_run_notices_that_its_teacher_is_another_one(tmp_path):
         hub.save_model(tmp_path / "teacher", model, init_params(model, seed))
         with pytest.raises(ValueError, match=message) if message else contextlib.nullcontext():
             runs.claim_origins(tmp_path, config, in_use=in_use)
+
+
+def test_a_chain_goes_on_under_another_spelling_of_its_folder(tmp_path, monkeypatch):
+    def claim(workdir, in_use, of=None):
+        config = quickstart.get_config("tiny").stage2
+        config.init = str(of or workdir / "stage1/model")
+        runs.claim(workdir / "stage2", config, in_use=in_use)
+
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "qs/stage1/model").mkdir(parents=True)
+    claim(pathlib.Path("qs"), in_use=False)
+    claim(tmp_path / "qs", in_use=True)
+    claim(pathlib.Path("qs"), in_use=True)
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    claim(pathlib.Path("../qs"), in_use=True)
+    claim(pathlib.Path("../qs"), in_use=True)
+    for other in (tmp_path / "other/stage1/model", tmp_path / "qs/stage0/model"):
+        with pytest.raises(ValueError, match=r"other settings.*Changed: init"):
+            claim(tmp_path / "qs", in_use=True, of=other)
 
 
 def test_a_run_goes_on_only_with_the_samples_that_it_began_with(tmp_path):

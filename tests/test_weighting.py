@@ -184,7 +184,13 @@ def test_the_state_keeps_its_shape_and_the_weights_have_no_gradient(name):
 
 @pytest.mark.parametrize(
     "options",
-    [{"num_tasks": 0}, {"window": 0}, {"temperature": 0.0}, {"ratio_clip": (2.0, 0.5)}],
+    [
+        {"num_tasks": 0},
+        {"window": 0},
+        {"temperature": 0.0},
+        {"ratio_clip": (2.0, 0.5)},
+        {"ratio_clip": (1.0,)},
+    ],
 )
 def test_impossible_options_are_refused(options):
     with pytest.raises(ValueError, match="dwa needs"):

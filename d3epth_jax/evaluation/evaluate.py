@@ -82,7 +82,7 @@ def too_small(settings, name: str, **least: float) -> list[str]:
     return [
         f"{name}.{key} is at least {bound}, not {settings[key]}"
         for key, bound in least.items()
-        if settings[key] < bound
+        if not settings[key] >= bound  # nor NaN
     ]
 
 

@@ -80,6 +80,11 @@ class DepthModel:
         """Whether the depth latent that inference starts from is zero: told so, or of one step."""
         return self.starts_at_zero or self.denoising_steps == 1
 
+    @property
+    def takes_depth(self) -> bool:
+        """Whether the UNet sees a depth latent, beside the picture's."""
+        return self.unet.in_channels == 2 * self.autoencoder.latent_channels
+
     def one_step_from_zero(self, steps: int) -> bool:
         """Whether so many are the one step of training, which has features and folds whole."""
         return steps == 1 and self.from_zeros

@@ -425,9 +425,9 @@ def read_run(workdir: pathlib.Path) -> Start:
         _, (model, _, text), trainable, rest = make_models(config)
         tx, _ = make_optimizer(config)
         task_weights = make_weighting(config, len(tasks_of(config)))
-    except AttributeError as error:
-        if not isinstance(error.args[0], KeyError):  # which is a ConfigDict's
-            raise
+    except (AttributeError, KeyError) as error:
+        if isinstance(error, AttributeError) and not isinstance(error.args[0], KeyError):
+            raise  # not a ConfigDict's
         told = f"{path} is of another version, without {error}: name {workdir}/model, if there"
         raise ValueError(told) from error
     with Checkpoints(workdir / "checkpoints") as checkpoints:

@@ -3,6 +3,7 @@
 import contextlib
 import hashlib
 import json
+import os
 import pathlib
 from collections.abc import Iterator, Mapping
 
@@ -55,7 +56,7 @@ def claim(workdir: pathlib.Path, config, *, in_use: bool) -> None:
         changed = [
             f"{key}: {before.get(key)} -> {wanted.get(key)}"
             for key in sorted(before.keys() | wanted.keys())
-            if before.get(key) != wanted.get(key)
+            if not _same(before.get(key), wanted.get(key), workdir)
         ]
         if changed:
             raise ValueError(
@@ -63,6 +64,18 @@ def claim(workdir: pathlib.Path, config, *, in_use: bool) -> None:
                 f" Changed: {'; '.join(changed)}"
             )
     _write(path, now)
+
+
+def _same(before, now, workdir: pathlib.Path) -> bool:
+    """Whether a setting is what it was; a path may be spelled otherwise, or have moved with all."""
+    if before == now or not (isinstance(before, str) and isinstance(now, str)):
+        return before == now
+    if os.path.exists(before):
+        return os.path.realpath(before) == os.path.realpath(now)
+    chain = workdir.parent  # of jobs whose folders name each other
+    beside = pathlib.PurePath(now).is_relative_to(chain)
+    tail = pathlib.PurePath(now).relative_to(chain) if beside else ""
+    return beside and f"/{before}".endswith(f"/{chain.absolute().name}/{tail}")
 
 
 def _binding(settings: dict) -> dict:

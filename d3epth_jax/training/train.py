@@ -310,7 +310,8 @@ def tell_if_depthless(values: dict[str, float], step: int, told: bool) -> bool:
         log.warning(
             "step %d: no picture of the batch has depth to be compared with (without_loss or"
             " without_gt is 1): are depth_scale, data.max_depth and data.filter right? A latent's"
-            " cell needs all its pixels known: with sparse depth set loss.beta.gt to 0",
+            " cell needs all its pixels known: with sparse depth set loss.beta.gt to 0. Or are all"
+            " predictions one value, as of a training that went astray? See workdir/pictures",
             step,
         )
     return depthless

@@ -16,6 +16,7 @@ from d3epth_jax.data import apart, filters, loader
 from d3epth_jax.data.sources.files import SourceError
 from d3epth_jax.data.sources.latents import CachedLatents
 from d3epth_jax.data.transforms import CROPS, choose_side
+from d3epth_jax.evaluation.evaluate import too_small
 from d3epth_jax.training.stages import latent
 from d3epth_jax.weights import hub
 
@@ -44,6 +45,7 @@ def check(config) -> None:
     caches = config.teacher.cache or config.get("job") == "cache"
     for name, part in parts(config).items():
         where = key_of(name)
+        problems += too_small(part, where, height=1, width=1)
         if part.crop not in CROPS:
             problems.append(f"unknown {where}.crop {part.crop!r}: choose one of {CROPS}")
         if not 0 <= part.flip <= 1:
