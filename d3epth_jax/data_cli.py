@@ -168,7 +168,7 @@ def build(args: argparse.Namespace) -> int:
 
     try:
         settings = _settings(args)
-        source_name, set_name, _ = data.parts(args.source)
+        source_name, set_name, _ = data.name_parts(args.source)
         if (args.height is None) != (args.width is None):
             raise ValueError("--height and --width belong together")
         if args.crop and args.height is None:
@@ -266,7 +266,7 @@ def _arguments(source: str):
     """The arguments by name of a source's function."""
     from d3epth_jax import data
 
-    return inspect.signature(data.source_function(data.parts(source)[0])).parameters
+    return inspect.signature(data.source_function(data.name_parts(source)[0])).parameters
 
 
 def _split(args: argparse.Namespace, settings: dict) -> str:
@@ -275,7 +275,7 @@ def _split(args: argparse.Namespace, settings: dict) -> str:
 
     known = _arguments(args.source).get("split")
     of_the_source = settings.get("split", known.default if known else "")
-    if split := args.split or data.parts(args.source)[2] or of_the_source:
+    if split := args.split or data.name_parts(args.source)[2] or of_the_source:
         return split
     of_a_part = ", or --set split=... for one of its own" if known else ""
     raise ValueError(

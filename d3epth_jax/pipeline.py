@@ -291,15 +291,12 @@ class DepthPipeline:
             )
         if output_uncertainty and ensemble_size < 3:  # of two the median deviation is 0
             problems.append("output_uncertainty compares members: set ensemble_size to 3 or more")
-        if ensemble_size > 1 and not latents_enter:
+        if ensemble_size > 1 and (zeros or not latents_enter):
+            why = "starts from zero latents" if latents_enter else "does not see latents"
+            or_else = ", or pass different `latents`" if latents_enter else ""
             problems.append(
-                "the model does not see latents, so all members of an ensemble would be equal: set"
-                " ensemble_size to 1"
-            )
-        elif ensemble_size > 1 and zeros:
-            problems.append(
-                "the model starts from zero latents, so all members of an ensemble would be equal:"
-                " set ensemble_size to 1, or pass different `latents`"
+                f"the model {why}, so all members of an ensemble would be equal: set ensemble_size"
+                f" to 1{or_else}"
             )
         if problems:
             raise ValueError("\n".join(problems))

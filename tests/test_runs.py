@@ -11,7 +11,7 @@ from configs import quickstart
 from configs.nano import train as nano
 from d3epth_jax import atomic, data
 from d3epth_jax.models.depth_model import init_params
-from d3epth_jax.training import runs, train
+from d3epth_jax.training import from_config, runs, train
 from d3epth_jax.weights import hub
 from tests.conftest import small_model, small_unet, write_pairs
 from tests.test_train import on_pairs
@@ -46,6 +46,16 @@ def test_a_chain_goes_on_under_another_spelling_of_its_folder(tmp_path, monkeypa
     for other in (tmp_path / "other/stage1/model", tmp_path / "qs/stage0/model"):
         with pytest.raises(ValueError, match=r"other settings.*Changed: init"):
             claim(tmp_path / "qs", in_use=True, of=other)
+
+
+@pytest.mark.parametrize("key", ["attention", "processing_aspect"])
+def test_a_run_that_lacks_a_setting_of_today_is_of_another_version(key, tmp_path):
+    config = json.loads(quickstart.get_config("tiny").stage1.to_json_best_effort())
+    del config["model"][key]
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=f"config.json is of another version, without.*'{key}'"):
+        from_config.read_run(tmp_path)
 
 
 def test_a_run_goes_on_only_with_the_samples_that_it_began_with(tmp_path):

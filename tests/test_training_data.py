@@ -191,9 +191,9 @@ def test_a_copy_of_a_copy_is_noticed(tmp_path):
 
 
 def test_a_tfds_set_with_a_config_has_its_split_behind_the_last_slash():
-    assert data.parts("tfds:nyu/labeled/train") == ("tfds", "nyu/labeled", "train")
-    assert data.parts("tfds:nyu") == ("tfds", "nyu", "")
-    assert data.parts("kitti") == ("kitti", "", "")
+    assert data.name_parts("tfds:nyu/labeled/train") == ("tfds", "nyu/labeled", "train")
+    assert data.name_parts("tfds:nyu") == ("tfds", "nyu", "")
+    assert data.name_parts("kitti") == ("kitti", "", "")
 
 
 def test_built_scenes_are_told_apart_by_their_seed(tmp_path):

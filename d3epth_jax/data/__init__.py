@@ -26,7 +26,7 @@ def make_source(name: str, **settings):
 
     "tfds:NAME/SPLIT" is tfds with dataset="NAME", split="SPLIT".
     """
-    name, dataset, split = parts(name)
+    name, dataset, split = name_parts(name)
     if dataset and name == "tfds":
         settings = settings | {"dataset": dataset} | ({"split": split} if split else {})
     elif dataset:
@@ -35,7 +35,7 @@ def make_source(name: str, **settings):
     return source_function(name)(**settings)
 
 
-def parts(name: str) -> tuple[str, str, str]:
+def name_parts(name: str) -> tuple[str, str, str]:
     """A source's name and, of "tfds:NAME/SPLIT", data set and split; NAME may have a "/" itself."""
     name, _, dataset = name.partition(":")
     dataset, _, split = dataset.rpartition("/") if "/" in dataset else (dataset, "", "")

@@ -72,10 +72,10 @@ def _same(before, now, workdir: pathlib.Path) -> bool:
         return before == now
     if os.path.exists(before):
         return os.path.realpath(before) == os.path.realpath(now)
-    chain = workdir.parent  # of jobs whose folders name each other
-    beside = pathlib.PurePath(now).is_relative_to(chain)
-    tail = pathlib.PurePath(now).relative_to(chain) if beside else ""
-    return beside and f"/{before}".endswith(f"/{chain.absolute().name}/{tail}")
+    chain, place = workdir.parent, pathlib.PurePath(now)  # of jobs whose folders name each other
+    if not place.is_relative_to(chain):
+        return False
+    return f"/{before}".endswith(f"/{chain.absolute().name}/{place.relative_to(chain)}")
 
 
 def _binding(settings: dict) -> dict:

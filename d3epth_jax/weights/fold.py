@@ -63,7 +63,7 @@ def foldable(model: DepthModel, *, single_step: bool = True) -> tuple[str, ...]:
     absent = {
         "time": model.folding.time,
         "prompt": not model.needs_prompt,
-        "latent": model.unet.in_channels == model.autoencoder.latent_channels,
+        "latent": not model.takes_depth,
         "head": model.folding.head or model.schedule.clip_sample,
         "mean": model.folding.mean,
     }

@@ -15,7 +15,7 @@ import os
 import pathlib
 import re
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -41,7 +41,6 @@ _OURS = {
     *(PROMPT, ORBAX, "feature_extractor", "safety_checker", ".gitattributes"),
 }
 _KINDS = (".json", ".safetensors", ".bin")  # of the files in its folders
-LISTED = 10  # files that are told by name
 _NEEDED = (
     "model_index.json",
     "unet/config.json",
@@ -84,9 +83,8 @@ def load_model(
     """
     directory = locate(path_or_hub_id, variant=variant, **where)
     if missing := [name for name in _NEEDED if not (directory / name).is_file()]:
-        hides = "; it hides the model of the package that is called so" * (
-            str(path_or_hub_id) in download.BUNDLED
-        )
+        bundled = str(path_or_hub_id) in download.BUNDLED
+        hides = "; it hides the model of the package that is called so" if bundled else ""
         raise FileNotFoundError(
             f"{directory} is not a model directory in diffusers' layout{hides}; missing: {missing}"
         )
@@ -178,28 +176,25 @@ def require_replaceable(directory: str | os.PathLike) -> None:
         )
     if not path.is_dir():
         raise FileExistsError(f"{path} is a file: a model is written as a directory")
-    a_model = (path / "model_index.json").is_file()
-    strangers = sorted(
-        file.relative_to(path).as_posix()
-        for file in path.rglob("*")
-        if not (a_model and _of_a_model(file, path))
-    )
-    if strangers:
-        more = f" and {len(strangers) - LISTED} more" if len(strangers) > LISTED else ""
+    if strangers := sorted(p.relative_to(path).as_posix() for p in _no_model(path)):
         raise FileExistsError(
             f"{path} holds more than a model, and would be replaced: choose another directory, or"
-            f" delete it. In it: {', '.join(strangers[:LISTED])}{more}"
+            f" delete it. In it: {', '.join(strangers)}"
         )
 
 
-def _of_a_model(file: pathlib.Path, directory: pathlib.Path) -> bool:
-    """Whether a model's directory may hold such a file or folder."""
-    top, *below = file.relative_to(directory).parts
-    if top not in _OURS:
-        return False
-    if not below or top == ORBAX:
-        return True
-    return len(below) == 1 and (file.suffix in _KINDS or file.name == "merges.txt")
+def _no_model(directory: pathlib.Path) -> Iterator[pathlib.Path]:
+    """What lies in a directory, or in a model's own folders there, that is no part of a model."""
+    is_model = (directory / "model_index.json").is_file()
+    for path in directory.iterdir():
+        if not is_model or path.name not in _OURS:
+            yield path
+        elif path.is_dir() and path.name != ORBAX:
+            yield from (p for p in path.iterdir() if not _of_a_component(p))
+
+
+def _of_a_component(path: pathlib.Path) -> bool:
+    return path.suffix in _KINDS or path.name == "merges.txt"
 
 
 def load_autoencoder(
