@@ -10,8 +10,10 @@ from collections.abc import Iterator
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+from flax.traverse_util import flatten_dict
 
 from d3epth_jax import hosts
+from d3epth_jax.typing import Params
 
 log = logging.getLogger(__name__)
 
@@ -135,17 +137,42 @@ def save_tree(directory: str | pathlib.Path, tree) -> None:
         checkpointer.save(pathlib.Path(directory).absolute(), tree)
 
 
-def read_tree(directory: str | pathlib.Path):
-    """The tree of NumPy arrays in a directory, as it was saved, read on any machine.
+def read_tree(directory: str | pathlib.Path, wanted: Params, part: str = "") -> Params:
+    """The parameters in a directory as NumPy arrays, as they were saved, read on any machine.
 
-    Raises ValueError for a directory that is no complete checkpoint of Orbax.
+    Of a training state, which has an optimiser's moments too, no more than a `part` is read: "ema".
+
+    Raises ValueError for a directory that is no complete checkpoint of Orbax, and with all
+    parameters whose name or shape is not that of `wanted`.
     """
     directory = pathlib.Path(directory).absolute()
     told = f"{directory} is not a complete checkpoint of Orbax"
-    with _told(told), ocp.StandardCheckpointer() as checkpointer:
-        stored = checkpointer.metadata(directory).item_metadata.tree
-        here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-        return jax.tree.map(np.asarray, checkpointer.restore(directory, abstract(stored, here)))
+    with ocp.PyTreeCheckpointer() as checkpointer:
+        with _told(told):
+            stored = checkpointer.metadata(directory).item_metadata.tree
+            stored = {part: stored[part]} if part else stored
+        _require_same(directory, stored[part] if part else stored, wanted)
+        with _told(told):
+            tree = abstract(stored, jax.sharding.SingleDeviceSharding(jax.local_devices()[0]))
+            how = ocp.checkpoint_utils.construct_restore_args(tree)
+            args = ocp.args.PyTreeRestore(tree, restore_args=how, partial_restore=True)
+            tree = jax.tree.map(np.asarray, checkpointer.restore(directory, args=args))
+    return tree[part] if part else tree
+
+
+def _require_same(directory: pathlib.Path, stored, wanted: Params) -> None:
+    """Raises ValueError with every name and shape that differs."""
+    stored, wanted = (flatten_dict(tree, sep="/") for tree in (stored, wanted))
+    problems = [f"missing: {path}" for path in wanted.keys() - stored.keys()]
+    problems += [f"unexpected: {path}" for path in stored.keys() - wanted.keys()]
+    problems += [
+        f"wrong shape: {path} is {stored[path].shape}, the model has {wanted[path].shape}"
+        for path in stored.keys() & wanted.keys()
+        if stored[path].shape != wanted[path].shape
+    ]
+    if problems:
+        told = f"the weights in {directory} do not fit the model:"
+        raise ValueError("\n  ".join([told, *sorted(problems)]))
 
 
 @contextlib.contextmanager

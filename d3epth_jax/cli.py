@@ -124,7 +124,7 @@ def convert(args: argparse.Namespace) -> int:
     import numpy as np
 
     from d3epth_jax import sharding
-    from d3epth_jax.training import from_config
+    from d3epth_jax.training import model_setup
     from d3epth_jax.weights import hub
 
     run = pathlib.Path(args.source)
@@ -137,7 +137,7 @@ def convert(args: argparse.Namespace) -> int:
         if is_run or args.layout == "orbax":
             sharding.require_devices()
         if is_run:
-            model, params, text = from_config.read_run(run)
+            model, params, text = model_setup.read_run(run)
         else:
             model, params, text, _ = hub.load_model(args.source, param_dtype=None, **_where(args))
         dtype = args.dtype and np.dtype(args.dtype)  # ml_dtypes, which hub imports, knows bfloat16

@@ -19,7 +19,7 @@ from d3epth_jax.data.sources.latents import CachedLatents
 from d3epth_jax.metric_writer import read_metrics
 from d3epth_jax.models import presets
 from d3epth_jax.models.depth_model import init_params
-from d3epth_jax.training import cache, from_config, train, training_data
+from d3epth_jax.training import cache, from_config, model_setup, train, training_data
 from d3epth_jax.training.stages import latent
 from d3epth_jax.weights import files, hub
 from tests import cache_speed
@@ -288,13 +288,13 @@ def batch_and_loss(config, student, params, share: bool):
     batches = training_data.make_batches(config, mesh, sources)
     next(batches)
     batch = next(batches)
-    teacher = from_config.read_teacher(config)
+    teacher = model_setup.read_teacher(config)
     loss_fn = latent.make_loss(
         student,
         teacher.model,
         terms=tuple(term for term, beta in config.loss.beta.items() if beta),
         share_encoder=share,
-        teacher_steps=from_config.teacher_steps(config, teacher.model),
+        teacher_steps=model_setup.teacher_steps(config, teacher.model),
         cached=bool(config.teacher.cache),
     )
     frozen = {"teacher": from_config.frozen_teacher(config, teacher)}
@@ -405,8 +405,8 @@ def test_an_ensemble_is_merged_in_pixels_and_encoded_again(pairs, tmp_path):
 def test_teachers_of_several_steps_give_latents_and_no_features(pairs, teacher, tmp_path):
     hub.save_model(tmp_path / "marigold", MARIGOLD, lively(MARIGOLD, 1))
     config = training(pairs, tmp_path / "marigold")
-    read = from_config.read_teacher(config)
-    assert from_config.teacher_steps(config, read.model) == 3
+    read = model_setup.read_teacher(config)
+    assert model_setup.teacher_steps(config, read.model) == 3
     with pytest.raises(ValueError, match=r"features of a teacher's single step.*beta.feat=0"):
         latent.make_loss(TEACHER, read.model, terms=("feat",), teacher_steps=3)
     loss_fn = latent.make_loss(TEACHER, read.model, terms=("out",), teacher_steps=3)
@@ -417,7 +417,7 @@ def test_teachers_of_several_steps_give_latents_and_no_features(pairs, teacher, 
     with pytest.raises(
         ValueError, match=r"takes 3 denoising step\(s\) from noise: the pixel stage"
     ):
-        from_config.read_teacher(config)
+        model_setup.read_teacher(config)
     config = caching(pairs, teacher)
     config.cache.ensemble = 2
     with pytest.raises(ValueError, match="would be equal"):

@@ -9,7 +9,7 @@ import pytest
 from configs import quickstart, stage1, stage2
 from configs.nano import train as nano
 from d3epth_jax.models.depth_model import init_params
-from d3epth_jax.training import check_config, from_config, train
+from d3epth_jax.training import check_config, model_setup, train
 from d3epth_jax.weights import hub
 from tests.conftest import small_model
 
@@ -79,10 +79,10 @@ def test_a_model_that_goes_on_at_one_shape_has_that_one(tmp_path):
     config = nano.stage2(tiny=True)
     config.init = str(tmp_path / "model")
     nano.resize(config, 32, 64)
-    went_on = from_config.make_student(config, from_config.Start()).model
+    went_on = model_setup.make_student(config, model_setup.Start()).model
     assert (went_on.processing_resolution, went_on.processing_aspect) == (64, 2.0)
     config.model.processing_aspect = None  # any shape: as it was
-    went_on = from_config.make_student(config, from_config.Start()).model
+    went_on = model_setup.make_student(config, model_setup.Start()).model
     assert (went_on.processing_resolution, went_on.processing_aspect) == (48, 1.5)
 
 
@@ -95,7 +95,7 @@ def test_a_model_goes_on_in_its_space_or_learns_the_one_that_is_asked_for(tmp_pa
     def becomes(space):
         config.model.prediction_type = space
         caplog.clear()
-        return from_config.make_student(config, from_config.Start()).model.prediction_type
+        return model_setup.make_student(config, model_setup.Start()).model.prediction_type
 
     with caplog.at_level(logging.INFO):
         assert becomes(None) == becomes("disparity") == "disparity"
@@ -110,16 +110,16 @@ def test_a_model_goes_on_in_its_space_or_learns_the_one_that_is_asked_for(tmp_pa
 
 def test_a_student_of_a_preset_predicts_what_its_teacher_does(tmp_path):
     config = quickstart.stage1(tiny=True)
-    teacher = from_config.Start(small_model(prediction_type="disparity"), {"prompt": None})
+    teacher = model_setup.Start(small_model(prediction_type="disparity"), {"prompt": None})
     config.model.update(prediction_type=None, unet="own")
-    assert from_config.make_student(config, teacher).model.prediction_type == "disparity"
-    nothing = from_config.Start()
-    assert from_config.make_student(config, nothing).model.prediction_type == "depth"
+    assert model_setup.make_student(config, teacher).model.prediction_type == "disparity"
+    nothing = model_setup.Start()
+    assert model_setup.make_student(config, nothing).model.prediction_type == "depth"
     hub.save_model(tmp_path / "sd", small_model(), init_params(small_model(), 0))
     index = tmp_path / "sd/model_index.json"
     index.write_text(index.read_text().replace("MarigoldDepthPipeline", "StableDiffusionPipeline"))
     config.init, config.autoencoder.path = str(tmp_path / "sd"), ""  # predicts no depth yet
-    assert from_config.make_student(config, teacher).model.prediction_type == "disparity"
+    assert model_setup.make_student(config, teacher).model.prediction_type == "disparity"
 
 
 def test_a_teacher_whose_one_step_has_hardly_any_noise_is_told_of(tmp_path, caplog):
@@ -132,7 +132,7 @@ def test_a_teacher_whose_one_step_has_hardly_any_noise_is_told_of(tmp_path, capl
         config.teacher.path = str(tmp_path / spacing)
         caplog.clear()
         with caplog.at_level(logging.WARNING):
-            from_config.read_teacher(config)
+            model_setup.read_teacher(config)
         assert ("hardly any noise" in caplog.text) is told
 
 

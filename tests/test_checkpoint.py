@@ -1,6 +1,8 @@
 """Checkpoints that were damaged; what they are for is in test_train."""
 
+import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from jax.experimental import multihost_utils
 
@@ -20,6 +22,25 @@ def test_a_damaged_array_is_told_in_a_sentence(tmp_path):
         pytest.raises(ValueError, match=told),
     ):
         checkpoints.restore(checkpoint.abstract(state))
+
+
+def test_a_part_of_a_state_is_read_alone_and_all_that_does_not_fit_is_told(tmp_path):
+    average = {"unet": {"kernel": jnp.ones((2, 3)), "bias": jnp.zeros(3)}, "encoder": jnp.ones(1)}
+    with checkpoint.Checkpoints(tmp_path, keep=2) as checkpoints:
+        checkpoints.save(3, {"ema": average, "moments": (average, jnp.zeros(()))}, {})
+    read = checkpoint.read_tree(tmp_path / "3/state", jax.eval_shape(lambda: average), "ema")
+    jax.tree.map(np.testing.assert_array_equal, read, average)
+    other = {"unet": {"kernel": jnp.ones((2, 4)), "bias": jnp.zeros(3), "scale": jnp.zeros(3)}}
+    with pytest.raises(ValueError) as error:
+        checkpoint.read_tree(tmp_path / "3/state", other, "ema")
+    assert str(error.value).splitlines() == [
+        f"the weights in {tmp_path}/3/state do not fit the model:",
+        "  missing: unet/scale",
+        "  unexpected: encoder",
+        "  wrong shape: unet/kernel is (2, 3), the model has (2, 4)",
+    ]
+    with pytest.raises(ValueError, match="not a complete checkpoint of Orbax: 'average'"):
+        checkpoint.read_tree(tmp_path / "3/state", average, "average")
 
 
 def test_a_save_that_failed_is_told_by_the_next_which_is_made(tmp_path, monkeypatch, caplog):

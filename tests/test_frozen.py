@@ -10,7 +10,7 @@ from flax.traverse_util import flatten_dict
 from configs import common, stage2
 from d3epth_jax import inference
 from d3epth_jax.models.depth_model import init_params
-from d3epth_jax.training import from_config, train
+from d3epth_jax.training import from_config, model_setup, train
 from d3epth_jax.training.stages import latent, pixel
 from d3epth_jax.training.train_state import merge, split_trainable
 from d3epth_jax.weights import fold
@@ -77,7 +77,7 @@ def test_a_folded_teacher_teaches_the_same_latent_and_features(schedule):
     """Of training's z0, also where inference's DDIM step ends with some noise left."""
     model, params = test_fold.make("tiny", **schedule)
     assert not model.schedule.set_alpha_to_one
-    teacher = from_config.Start(model, params)
+    teacher = model_setup.Start(model, params)
     folded = from_config.fold_teacher(common.training("latent"), teacher)
     assert folded.model.folding.time and folded.model.unet.in_channels == 4
     assert "decoder" not in from_config.frozen_teacher(with_teacher(), folded)
@@ -114,7 +114,7 @@ def with_teacher(**settings):
 
 def test_a_teacher_of_many_steps_keeps_what_changes_from_step_to_step():
     model = small_model(small_unet((8, 16), channels=8), denoising_steps=4)
-    teacher = from_config.Start(model, init_params(model, 0))
+    teacher = model_setup.Start(model, init_params(model, 0))
     folded = from_config.fold_teacher(with_teacher(), teacher)
     assert folded.model.unet == model.unet and not folded.model.folding.time
     assert folded.model.schedule == model.schedule
@@ -143,7 +143,7 @@ def test_a_teacher_of_many_steps_keeps_what_changes_from_step_to_step():
 )
 def test_of_a_teacher_in_pixels_only_what_is_compared_with_is_there(beta, needed):
     model = small_model(small_unet((8, 16), channels=8))
-    teacher = from_config.Start(model, init_params(model, 0))
+    teacher = model_setup.Start(model, init_params(model, 0))
     config = common.training("pixel")
     config.loss.beta.update({"latent": 0.0, "teacher": 0.0} | beta)
     assert from_config.frozen_teacher(config, teacher).keys() == needed

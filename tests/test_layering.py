@@ -28,7 +28,7 @@ LAYERS = [
 # Library -> the only modules that may import it; () means none.
 ROOMS = {
     "flax.linen": ("models",),
-    "ml_collections": ("main", "training.from_config"),
+    "ml_collections": ("main", "training.model_setup"),
     "grain": ("data", "checkpoint"),
     "orbax": ("checkpoint",),
     "tensorflow_datasets": ("data",),
@@ -196,7 +196,7 @@ def test_the_checker_passes_a_sound_package():
         ("losses", "import flax\nx = flax.linen.Dense", "losses imports flax.linen"),
         ("losses", "import torch.nn", "torch, which is for bench.compare_diffusers"),
         ("models.unet", "from diffusers import UNet2DModel", "diffusers"),
-        ("losses", "import ml_collections", "which is for main, training.from_config"),
+        ("losses", "import ml_collections", "which is for main, training.model_setup"),
         ("models.unet", "import grain.python", "grain, which is for data, checkpoint"),
         ("typing", "from d3epth_jax.losses import ssi", "circle of imports"),
         ("data.transforms", "import jax.numpy", "data.transforms must not need JAX"),

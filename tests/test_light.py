@@ -17,7 +17,7 @@ from d3epth_jax.metric_writer import read_metrics
 from d3epth_jax.models import presets
 from d3epth_jax.models.config import AutoencoderKLConfig
 from d3epth_jax.models.depth_model import DepthModel, abstract_params, count_params
-from d3epth_jax.training import cache, from_config, train, training_data
+from d3epth_jax.training import cache, from_config, model_setup, train, training_data
 from d3epth_jax.training.stages import latent
 from d3epth_jax.weights import files, fold, hub, keys
 from tests import unet_oracle as oracle
@@ -153,8 +153,8 @@ def changed(tree, other) -> bool:
 def test_what_a_light_student_begins_as_is_told(word, pairs, origins, narrow, caplog):
     config = distilling(word, pairs, origins)
     with caplog.at_level("INFO", logger="d3epth_jax"):
-        teacher = from_config.read_teacher(config)
-        student = from_config.make_student(config, teacher)
+        teacher = model_setup.read_teacher(config)
+        student = model_setup.make_student(config, teacher)
     told = "\n".join(caplog.messages)
     assert "UNet, from the teacher: conv_in, conv_norm_out, conv_out, down_blocks_0/" in told
     left = "down_blocks_0/attentions_0, " if word == "turbo" else ""
@@ -210,7 +210,7 @@ def assert_diffusers_computes_the_same(directory, model, params):
 
 def losses_of(config):
     """(a stage's loss function, parameters of student and teacher, beta)"""
-    teacher, student, trainable, _ = from_config.make_models(config)
+    teacher, student, trainable, _ = model_setup.make_models(config)
     of_student = student.model, student.params
     loss_fn, beta = from_config.make_loss(config, *of_student, trainable, teacher)
     return loss_fn, student.params, teacher.params, beta

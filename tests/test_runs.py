@@ -11,7 +11,7 @@ from configs import quickstart
 from configs.nano import train as nano
 from d3epth_jax import atomic, data
 from d3epth_jax.models.depth_model import init_params
-from d3epth_jax.training import from_config, runs, train
+from d3epth_jax.training import model_setup, runs, train
 from d3epth_jax.weights import hub
 from tests.conftest import small_model, small_unet, write_pairs
 from tests.test_train import on_pairs
@@ -55,7 +55,7 @@ def test_a_run_that_lacks_a_setting_of_today_is_of_another_version(key, tmp_path
     (tmp_path / "checkpoints").mkdir()
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(ValueError, match=f"config.json is of another version, without.*'{key}'"):
-        from_config.read_run(tmp_path)
+        model_setup.read_run(tmp_path)
 
 
 def test_a_run_goes_on_only_with_the_samples_that_it_began_with(tmp_path):

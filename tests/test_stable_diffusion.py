@@ -16,7 +16,7 @@ from configs import common
 from d3epth_jax import DepthPipeline
 from d3epth_jax import image as image_lib
 from d3epth_jax.models import presets
-from d3epth_jax.training import from_config, train
+from d3epth_jax.training import model_setup, train
 from d3epth_jax.weights import files, hub, surgery
 from tests import pipeline_oracle as oracle
 from tests.conftest import write_pairs
@@ -318,7 +318,7 @@ def test_a_training_step_changes_what_trains_and_nothing_else(trained):
 
 @pytest.mark.xdist_group("trained")
 def test_the_newest_checkpoint_of_a_run_is_a_model_too(trained, tmp_path):
-    start = from_config.read_run(trained)
+    start = model_setup.read_run(trained)
     hub.save_model(tmp_path / "again", start.model, start.params, start.text)
     oracle.assert_same_tensors(
         oracle.tensors_below(tmp_path / "again"), oracle.tensors_below(trained / "model")
@@ -329,7 +329,7 @@ def test_the_newest_checkpoint_of_a_run_is_a_model_too(trained, tmp_path):
 def test_training_starts_from_the_workdir_of_a_run(trained, pairs):
     config = pixel_config(trained, pairs)
     config.model.dtype = "bfloat16"
-    start = from_config.make_student(config, from_config.Start())
+    start = model_setup.make_student(config, model_setup.Start())
     assert start.model.dtype == "bfloat16" and start.model.processing_resolution == 64
     model = hub.load_model(trained / "model")
     jax.tree.map(np.testing.assert_array_equal, start.params, model.params)
@@ -345,13 +345,13 @@ def test_a_run_is_not_read_on_top_of_another_model_than_it_started_from(trained,
     origins = {f"init={origin}": hub.digest(origin)}
     (tmp_path / "run/config.json").write_text(json.dumps(config))
     (tmp_path / "run/origins.json").write_text(json.dumps(origins))
-    from_config.read_run(tmp_path / "run")
+    model_setup.read_run(tmp_path / "run")
     path = origin / "vae" / f"{hub.STEM}.safetensors"
     tensors = {key: x.copy() for key, x in files.read(path).items()}
     tensors["decoder.conv_out.bias"] += 1
     files.write(path, tensors)
     with pytest.raises(ValueError, match=r"another model than is there now, of init=.*sd;"):
-        from_config.read_run(tmp_path / "run")
+        model_setup.read_run(tmp_path / "run")
 
 
 def test_a_student_pruned_from_the_teacher_learns_its_latents(saved, pairs, tmp_path, monkeypatch):

@@ -10,7 +10,7 @@ from flax.traverse_util import flatten_dict
 from configs.nano import train as nano
 from d3epth_jax import inference, losses, sharding, weighting
 from d3epth_jax.models.depth_model import init_params
-from d3epth_jax.training import from_config, steps
+from d3epth_jax.training import from_config, model_setup, steps
 from d3epth_jax.training.stages import latent, pixel
 from d3epth_jax.training.train_state import (
     HostAverage,
@@ -293,7 +293,7 @@ def test_loss_terms_have_clear_errors():
     config = nano.stage1()
     config.loss.beta.update(dict.fromkeys(config.loss.beta, 0.0), enc=1.0)
     with pytest.raises(ValueError, match=r"no loss has a weight.*enc is for a trained encoder"):
-        from_config.make_loss(config, STUDENT, {}, {"unet": {}}, from_config.Start())
+        from_config.make_loss(config, STUDENT, {}, {"unet": {}}, model_setup.Start())
 
 
 @pytest.mark.parametrize("step,expected", [(0, 0.1), (9, 10 / 19), (10**6, 0.9999)])

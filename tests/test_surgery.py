@@ -16,7 +16,7 @@ from d3epth_jax.models import presets
 from d3epth_jax.models.config import TinyAutoencoderConfig, UNetConfig
 from d3epth_jax.models.depth_model import abstract_params, init_params
 from d3epth_jax.models.tiny_vae import TinyDecoder, TinyEncoder
-from d3epth_jax.training import from_config
+from d3epth_jax.training import model_setup
 from d3epth_jax.weights import convert, hub, keys, surgery
 from tests import unet_oracle as oracle
 from tests.conftest import small_model, small_unet
@@ -153,15 +153,15 @@ def test_an_up_block_joins_the_levels_that_the_unet_gives_it():
 
 def test_where_channels_are_not_all_that_differs_nothing_is_thinned():
     wide, narrow = small_unet((16, 32)), small_unet((8, 24))
-    assert from_config._is_narrower(narrow, wide)
+    assert model_setup._is_narrower(narrow, wide)
     for other in (wide, small_unet((8,)), small_unet((8, 40)), small_unet((16, 32, 48))):
-        assert not from_config._is_narrower(other, wide)
-    assert not from_config._is_narrower(dataclasses.replace(narrow, norm_num_groups=8), wide)
+        assert not model_setup._is_narrower(other, wide)
+    assert not model_setup._is_narrower(dataclasses.replace(narrow, norm_num_groups=8), wide)
 
 
 def test_the_first_commands_student_starts_with_its_teachers_channels(caplog):
     with caplog.at_level(logging.INFO):
-        teacher, student, *_ = from_config.make_models(quickstart.stage1(tiny=True))
+        teacher, student, *_ = model_setup.make_models(quickstart.stage1(tiny=True))
     mine, its = (start.params["unet"]["conv_out"]["kernel"] for start in (student, teacher))
     assert (mine.shape[2], its.shape[2]) == (24, 40)
     np.testing.assert_array_equal(mine, its[:, :, np.arange(24) * 40 // 24])

@@ -17,7 +17,7 @@ from d3epth_jax.data.sources.files import SourceError
 from d3epth_jax.metric_writer import MetricWriter, read_metrics
 from d3epth_jax.models import presets
 from d3epth_jax.models.depth_model import init_params
-from d3epth_jax.training import from_config, train
+from d3epth_jax.training import model_setup, train
 from d3epth_jax.weights import hub
 from tests.conftest import small_model, small_unet, with_teachers_autoencoder, write_pairs
 
@@ -118,7 +118,7 @@ def test_an_average_on_the_host_is_the_devices(pairs, tmp_path):
     differences = jax.tree.map(lambda a, b: float(np.abs(a - b).max()), *averages)
     assert max(jax.tree.leaves(differences)) < 1e-6
     # `convert` and further stages read a checkpoint of either.
-    start = from_config.read_run(tmp_path / "1")
+    start = model_setup.read_run(tmp_path / "1")
     jax.tree.map(np.testing.assert_array_equal, start.params["unet"], averages[1]["unet"])
 
 

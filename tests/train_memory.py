@@ -22,7 +22,7 @@ from d3epth_jax.bench.predict import device
 from d3epth_jax.bench.train import planned
 from d3epth_jax.models import presets
 from d3epth_jax.models.depth_model import DepthModel, abstract_params
-from d3epth_jax.training import from_config, train
+from d3epth_jax.training import from_config, model_setup, train
 from d3epth_jax.training.train_state import init_train_state, split_trainable
 from tests.cache_speed import quarter
 
@@ -42,8 +42,8 @@ def count(width: float) -> dict[str, int]:
     # Zeros take no memory until they are written to; only the frozen part is.
     params = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), abstract_params(model))
     trainable, rest = split_trainable(params, tuple(config.trainable))
-    student = from_config.Start(model, params)
-    stage = from_config.make_stage(config, from_config.Start(), student, trainable, rest)
+    student = model_setup.Start(model, params)
+    stage = from_config.make_stage(config, model_setup.Start(), student, trainable, rest)
     tx, _ = from_config.make_optimizer(config)
     weights = from_config.make_weighting(config, len(stage.tasks))
     state = jax.eval_shape(

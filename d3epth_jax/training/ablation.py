@@ -20,6 +20,7 @@ from d3epth_jax.training import (
     cache,
     check_config,
     from_config,
+    model_setup,
     runs,
     train,
     training_data,
@@ -197,7 +198,7 @@ def step_macs(config) -> int:
     mesh = sharding.make_mesh(config.fsdp)
     batches = training_data.make_batches(config, mesh, training_data.make_sources(config)[0])
     batch = jax.eval_shape(lambda: next(batches))
-    teacher, student, trainable, rest = from_config.make_models(config)
+    teacher, student, trainable, rest = model_setup.make_models(config)
     stage = from_config.make_stage(config, teacher, student, trainable, rest)
 
     def total(params, batch):

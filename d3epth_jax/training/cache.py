@@ -15,7 +15,7 @@ from d3epth_jax import atomic, data, ensemble, inference, sharding
 from d3epth_jax.data import apart, loader
 from d3epth_jax.data.sources import latents
 from d3epth_jax.progress import Progress
-from d3epth_jax.training import from_config, training_data
+from d3epth_jax.training import from_config, model_setup, training_data
 from d3epth_jax.training.stages import latent
 from d3epth_jax.weights import fold
 
@@ -36,7 +36,7 @@ def run(config, workdir: pathlib.Path) -> None:
     check(config)
     named = training_data.parts(config)
     sources = {name: data.make_source(**part.source) for name, part in named.items()}
-    teacher = from_config.read_teacher(config)
+    teacher = model_setup.read_teacher(config)
     lessons = make_lessons(config, teacher)
     identity = training_data.teacher_identity(config)
     manifests = {
@@ -81,10 +81,10 @@ class Lessons(NamedTuple):
     settings: dict
 
 
-def make_lessons(config, teacher: from_config.Start) -> Lessons:
+def make_lessons(config, teacher: model_setup.Start) -> Lessons:
     """Raises ValueError for an ensemble of equal members, or a batch that devices cannot share."""
     model, members = teacher.model, config.cache.ensemble
-    steps = from_config.teacher_steps(config, model)
+    steps = model_setup.teacher_steps(config, model)
     if members > 1 and model.from_zeros:
         raise ValueError(
             f"{config.teacher.path} starts from zero latents, so all {members} members of an"

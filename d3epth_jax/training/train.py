@@ -25,7 +25,15 @@ from d3epth_jax.metric_writer import MetricWriter, read_metrics
 from d3epth_jax.models.depth_model import DepthModel
 from d3epth_jax.pipeline import DepthPipeline
 from d3epth_jax.progress import Progress
-from d3epth_jax.training import check_config, curves, from_config, runs, steps, training_data
+from d3epth_jax.training import (
+    check_config,
+    curves,
+    from_config,
+    model_setup,
+    runs,
+    steps,
+    training_data,
+)
 from d3epth_jax.training.train_state import HostAverage, TrainState, init_train_state, merge
 from d3epth_jax.typing import Params
 from d3epth_jax.weights import hub
@@ -70,7 +78,7 @@ def run(config, workdir: pathlib.Path) -> pathlib.Path:
         else:
             # Told now, not after data is read or the last step is made.
             hub.require_replaceable(output)
-            from_config.require_models(config)
+            model_setup.require_models(config)
             training = prepare(config, workdir, checkpoints)
             train(training, checkpoints, output)
     tell_scores(config.stage, workdir)
@@ -130,11 +138,11 @@ def prepare(config, workdir: pathlib.Path, checkpoints: Checkpoints) -> Training
     batches = training_data.make_batches(config, mesh, sources)
 
     train_what_is_absent(config)
-    teacher, student, trainable, rest = from_config.make_models(config)
+    teacher, student, trainable, rest = model_setup.make_models(config)
     # Now that models of the hub are in its cache, and so have a commit.
     runs.claim_origins(workdir, config, in_use=in_use)
     model, _, text = student
-    from_config.check_sizes(config, model)
+    model_setup.check_sizes(config, model)
     stage = from_config.make_stage(config, teacher, student, trainable, rest)
     frozen = sharding.put_params(stage.frozen, mesh)
     tx, schedule = from_config.make_optimizer(config)

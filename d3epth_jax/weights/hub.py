@@ -20,7 +20,6 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from flax.traverse_util import flatten_dict, unflatten_dict
 
 from d3epth_jax import atomic, checkpoint
 from d3epth_jax.models.config import TinyAutoencoderConfig, UNetConfig
@@ -340,7 +339,9 @@ def _read_weights(
         return convert.from_torch(keys.modern_names(found, dict(ages)), tree, dtype=dtype)
 
     if (directory / ORBAX).is_dir():
-        trees = read(ORBAX, _read_orbax, directory / ORBAX, {"unet": shapes["unet"], **vae}, dtype)
+        shapes = {"unet": shapes["unet"], **vae}
+        trees = read(ORBAX, checkpoint.read_tree, directory / ORBAX, shapes)
+        trees = jax.tree.map(lambda x: np.asarray(x, dtype), trees)
     else:
         unet = read("unet", tensors, "unet", shapes["unet"])
         rest = read("vae", tensors, "vae", vae, keys.AUTOENCODER_AGES)
@@ -351,20 +352,6 @@ def _read_weights(
     if problems:
         raise (FileNotFoundError if missing else ValueError)("\n".join(problems))
     return trees, text
-
-
-def _read_orbax(directory: pathlib.Path, shapes: Params, dtype) -> Params:
-    stored, wanted = (flatten_dict(t) for t in (checkpoint.read_tree(directory), shapes))
-    problems = [f"missing: {'/'.join(path)}" for path in wanted if path not in stored]
-    problems += [f"unexpected: {'/'.join(path)}" for path in stored if path not in wanted]
-    problems += [
-        f"wrong shape: {'/'.join(path)} is {stored[path].shape}, the model has {x.shape}"
-        for path, x in wanted.items()
-        if path in stored and stored[path].shape != x.shape
-    ]
-    if problems:
-        raise ValueError("\n  ".join(["the weights do not fit the model:", *problems]))
-    return unflatten_dict({path: np.asarray(x, dtype) for path, x in stored.items()})
 
 
 def _read_prompt(directory: pathlib.Path, model: DepthModel, text) -> np.ndarray:
