@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from d3epth_jax.models import convolution, convolve
+from d3epth_jax.models import convolution, convolve, winograd
 
 NHWC = ("NHWC", "HWIO", "NHWC")
 SAME, SD_VAE = ((1, 1), (1, 1)), ((0, 1), (0, 1))
@@ -50,9 +50,10 @@ CASES = pytest.mark.parametrize(
 )
 
 
-def check_against_xla(size, kernel, stride, padding, channels):
+def check_against_xla(size, kernel, stride, padding, channels, batch=2):
     """The convolution and both gradients; returns the program of all three."""
-    x, k, strides = random(2, *size, channels[0]), random(kernel, kernel, *channels), (stride,) * 2
+    x, k = random(batch, *size, channels[0]), random(kernel, kernel, *channels)
+    strides = (stride, stride)
 
     def plain(x, k):
         return jax.lax.conv_general_dilated(x, k, strides, padding, dimension_numbers=NHWC)
@@ -73,6 +74,34 @@ def check_against_xla(size, kernel, stride, padding, channels):
 def test_patches_give_the_convolution_and_its_gradients(patches, size, kernel, stride, padding):
     program = check_against_xla(size, kernel, stride, padding, (6, 4))
     assert "conv_general_dilated" not in program
+
+
+@pytest.fixture
+def filtering(monkeypatch):
+    """Minimal filtering for every size, as for the widest maps, in bands of few tiles."""
+    monkeypatch.setitem(convolve.WINOGRAD, "all", ((1, None),) * 3)
+    monkeypatch.setattr(winograd, "TILES", 8)
+
+
+@pytest.mark.parametrize("padding", [SAME, SD_VAE, ((0, 0), (2, 1))])
+@pytest.mark.parametrize("size", [(3, 3), (8, 8), (7, 8), (18, 5), (3, 40)])
+def test_minimal_filtering_gives_the_convolution_and_its_gradients(filtering, size, padding):
+    program = check_against_xla(size, 3, 1, padding, (6, 5), batch=1)
+    assert program.count("conv_general_dilated") == 1  # the kernel's gradient
+    assert program.count(" scan[") == 2
+
+
+@pytest.mark.parametrize("offset", [0, 3])
+def test_minimal_filtering_rounds_as_little_as_xla(offset):
+    x, k = random(1, 16, 16, 512) + offset, random(3, 3, 512, 8)
+    taps, wide = (
+        np.asarray(k, np.float64),
+        np.pad(np.asarray(x[0], np.float64), ((1, 1), (1, 1), (0, 0))),
+    )
+    exact = sum(wide[i : i + 16, j : j + 16] @ taps[i, j] for i in range(3) for j in range(3))
+    forms = winograd.convolve(x[0], k, (1, 1), (16, 16)), convolve._plain(x, k, (1, 1), SAME)[0]
+    errors = [np.abs(form - exact).max() / exact.std() for form in forms]
+    assert errors[0] < 2 * errors[1] < 1e-5
 
 
 @CASES
@@ -131,6 +160,24 @@ def test_only_pictures_and_small_maps_of_many_channels_are_taken_apart(shape, sm
     variables = jax.eval_shape(module.init, jax.random.key(0), x)
     program = str(jax.make_jaxpr(module.apply)(variables, x))
     assert ("conv_general_dilated" not in program) == small
+
+
+@pytest.mark.parametrize(
+    ("shape", "features", "dtype", "filtered"),
+    [
+        ((1, 32, 32, 256), 256, jnp.float32, True),
+        ((1, 32, 31, 256), 256, jnp.float32, False),
+        ((2, 32, 32, 256), 256, jnp.float32, False),
+        ((1, 32, 32, 256), 256, jnp.bfloat16, False),
+        ((1, 32, 32, 128), 256, jnp.float32, False),
+        ((1, 32, 32, 256), 128, jnp.float32, False),
+    ],
+)
+def test_one_wide_map_of_32_bits_is_filtered(shape, features, dtype, filtered):
+    x = jax.ShapeDtypeStruct(shape, dtype)
+    kernel = jax.ShapeDtypeStruct((3, 3, shape[-1], features), dtype)
+    program = jax.make_jaxpr(lambda x, k: convolve.convolve(x, k, (1, 1), SAME))(x, kernel)
+    assert ("conv_general_dilated" not in str(program)) == filtered
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,8 @@ import functools
 import jax
 import jax.numpy as jnp
 
+from d3epth_jax.models import winograd
+
 NHWC = ("NHWC", "HWIO", "NHWC")
 _plain = functools.partial(jax.lax.conv_general_dilated, dimension_numbers=NHWC)
 REWRITTEN_ON = {"cpu"}  # backends
@@ -15,30 +17,37 @@ PATCHES = {
     "wide": ((1, 512), (1024, None), (1, None)),
     "picture": ((1, 2**19), (1, 4), (1, 32)),
 }
+# And where minimal filtering is. With fewer channels its additions take what its products save.
+WINOGRAD = {"wide": ((1024, None), (256, None), (256, None))}
 
 
 def convolve(x, kernel, strides, padding, *, dimension_numbers=NHWC, **options):
     """`lax.conv_general_dilated` of NHWC and HWIO, in the form that is fast where it runs.
 
-    On a CPU, a convolution of stride 2 is for reverse mode only: `jax.jvp` raises TypeError.
+    On a CPU, one of stride 2 or of many channels is for reverse mode only: `jax.jvp` raises
+    TypeError.
     """
     plain = all(value in (None, 1, (1, 1)) for value in options.values())  # no dilation, no groups
     if not plain or jax.default_backend() not in REWRITTEN_ON:
         return _plain(x, kernel, strides, padding, dimension_numbers=dimension_numbers, **options)
     strides, padding = tuple(strides), tuple(map(tuple, padding))
-    if _patches_are_faster(x, kernel, strides, padding):
+    height, width = _output(x.shape, kernel.shape, strides, padding)
+    sizes = x.shape[0] * height * width, *kernel.shape[2:]
+    if _within(PATCHES, sizes):
         return _product(x, kernel, strides, padding)
     if strides == (2, 2) and min(kernel.shape[:2]) >= 2:
         return _halving(x, kernel, padding)
+    # Of one picture: a batch may lie on several devices, and a loop would gather it on each.
+    small = len(x) == 1 and kernel.shape[:2] == (3, 3) and strides == (1, 1)
+    if small and _within(WINOGRAD, sizes) and x.dtype == kernel.dtype == jnp.float32:
+        return _filtering(x, kernel, padding)
     return _plain(x, kernel, strides, padding)
 
 
-def _patches_are_faster(x, kernel, strides, padding) -> bool:
-    height, width = _output(x.shape, kernel.shape, strides, padding)
-    sizes = x.shape[0] * height * width, *kernel.shape[2:]
+def _within(forms, sizes) -> bool:
     return any(
         all(low <= n <= (high or n) for n, (low, high) in zip(sizes, ranges, strict=True))
-        for ranges in PATCHES.values()
+        for ranges in forms.values()
     )
 
 
@@ -106,6 +115,29 @@ def _input_gradient(cotangent, kernel, shape, padding):
 
     whole = weave([[phase(a, b) for b in (0, 1)] for a in (0, 1)])
     return whole[:, : shape[1], : shape[2]]
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _filtering(x, kernel, padding):
+    """`winograd.convolve` of one picture, whose gradients keep x and the kernel alone."""
+    height, width = _output(x.shape, kernel.shape, (1, 1), padding)
+    (top, _), (left, _) = padding
+    return winograd.convolve(x[0], kernel, (top, left), (height, width))[None]
+
+
+def _filtering_forward(x, kernel, padding):
+    return _filtering(x, kernel, padding), (x, kernel)
+
+
+def _filtering_backward(padding, kept, cotangent):
+    x, kernel = kept
+    to_kernel = jax.linear_transpose(lambda k: _plain(x, k, (1, 1), padding), kernel)
+    turned = jnp.flip(kernel, (0, 1)).swapaxes(2, 3)
+    around = tuple((2 - low, 2 - high) for low, high in padding)
+    return convolve(cotangent, turned, (1, 1), around), *to_kernel(cotangent)
+
+
+_filtering.defvjp(_filtering_forward, _filtering_backward)
 
 
 # A picture's map of so many elements is woven row by row on a CPU: of a stack, XLA keeps a copy
