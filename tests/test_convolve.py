@@ -79,7 +79,8 @@ def test_patches_give_the_convolution_and_its_gradients(patches, size, kernel, s
 @pytest.fixture
 def filtering(monkeypatch):
     """Minimal filtering for every size, as for the widest maps, in bands of few tiles."""
-    monkeypatch.setitem(convolve.WINOGRAD, "all", ((1, None),) * 3)
+    monkeypatch.setattr(convolve, "WINOGRAD_CHANNELS_MIN", 1)
+    monkeypatch.setattr(convolve, "WINOGRAD_MACS_MIN", 1)
     monkeypatch.setattr(winograd, "TILES", 8)
 
 
@@ -89,6 +90,20 @@ def test_minimal_filtering_gives_the_convolution_and_its_gradients(filtering, si
     program = check_against_xla(size, 3, 1, padding, (6, 5), batch=1)
     assert program.count("conv_general_dilated") == 1  # the kernel's gradient
     assert program.count(" scan[") == 2
+
+
+def test_minimal_filtering_holds_the_arrays_of_one_layer_at_a_time(filtering):
+    def memory(layers):
+        def network(x, kernels):
+            for kernel in kernels:
+                x = jnp.sin(convolve.convolve(x, kernel, (1, 1), SAME))
+            return x
+
+        kernels = [random(3, 3, 64, 64)] * layers
+        compiled = jax.jit(network).lower(random(1, 24, 24, 64), kernels).compile()
+        return compiled.memory_analysis().temp_size_in_bytes
+
+    assert memory(5) < 1.1 * memory(2)
 
 
 @pytest.mark.parametrize("offset", [0, 3])
@@ -165,15 +180,16 @@ def test_only_pictures_and_small_maps_of_many_channels_are_taken_apart(shape, sm
 @pytest.mark.parametrize(
     ("shape", "features", "dtype", "filtered"),
     [
-        ((1, 32, 32, 256), 256, jnp.float32, True),
-        ((1, 32, 31, 256), 256, jnp.float32, False),
-        ((2, 32, 32, 256), 256, jnp.float32, False),
-        ((1, 32, 32, 256), 256, jnp.bfloat16, False),
-        ((1, 32, 32, 128), 256, jnp.float32, False),
-        ((1, 32, 32, 256), 128, jnp.float32, False),
+        ((1, 192, 192, 256), 256, jnp.float32, True),
+        ((1, 96, 97, 256), 512, jnp.float32, True),
+        ((1, 96, 96, 256), 256, jnp.float32, False),
+        ((2, 192, 192, 256), 256, jnp.float32, False),
+        ((1, 192, 192, 256), 256, jnp.bfloat16, False),
+        ((1, 384, 384, 256), 128, jnp.float32, False),
+        ((1, 384, 384, 128), 256, jnp.float32, False),
     ],
 )
-def test_one_wide_map_of_32_bits_is_filtered(shape, features, dtype, filtered):
+def test_one_wide_and_large_map_of_32_bits_is_filtered(shape, features, dtype, filtered):
     x = jax.ShapeDtypeStruct(shape, dtype)
     kernel = jax.ShapeDtypeStruct((3, 3, shape[-1], features), dtype)
     program = jax.make_jaxpr(lambda x, k: convolve.convolve(x, k, (1, 1), SAME))(x, kernel)

@@ -1,6 +1,7 @@
 """`lax.conv_general_dilated` and its gradients, each in the form that is fast where it runs."""
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -17,8 +18,10 @@ PATCHES = {
     "wide": ((1, 512), (1024, None), (1, None)),
     "picture": ((1, 2**19), (1, 4), (1, 32)),
 }
-# And where minimal filtering is. With fewer channels its additions take what its products save.
-WINOGRAD = {"wide": ((1024, None), (256, None), (256, None))}
+# Minimal filtering is faster from so many channels: with fewer its additions take what its products
+# save. Below so many multiplications it saves little, and XLA takes a fifth of a second for each.
+WINOGRAD_CHANNELS_MIN = 256
+WINOGRAD_MACS_MIN = 10**10
 
 
 def convolve(x, kernel, strides, padding, *, dimension_numbers=NHWC, **options):
@@ -33,22 +36,27 @@ def convolve(x, kernel, strides, padding, *, dimension_numbers=NHWC, **options):
     strides, padding = tuple(strides), tuple(map(tuple, padding))
     height, width = _output(x.shape, kernel.shape, strides, padding)
     sizes = x.shape[0] * height * width, *kernel.shape[2:]
-    if _within(PATCHES, sizes):
+    if _patches_are_faster(sizes):
         return _product(x, kernel, strides, padding)
     if strides == (2, 2) and min(kernel.shape[:2]) >= 2:
         return _halving(x, kernel, padding)
-    # Of one picture: a batch may lie on several devices, and a loop would gather it on each.
-    small = len(x) == 1 and kernel.shape[:2] == (3, 3) and strides == (1, 1)
-    if small and _within(WINOGRAD, sizes) and x.dtype == kernel.dtype == jnp.float32:
+    of_its_kind = kernel.shape[:2] == (3, 3) and strides == (1, 1)
+    if of_its_kind and x.dtype == kernel.dtype == jnp.float32 and _filtering_is_faster(sizes, x):
         return _filtering(x, kernel, padding)
     return _plain(x, kernel, strides, padding)
 
 
-def _within(forms, sizes) -> bool:
+def _patches_are_faster(sizes) -> bool:
     return any(
         all(low <= n <= (high or n) for n, (low, high) in zip(sizes, ranges, strict=True))
-        for ranges in forms.values()
+        for ranges in PATCHES.values()
     )
+
+
+def _filtering_is_faster(sizes, x) -> bool:
+    # Of one picture: a batch may lie on several devices, and a loop would gather it on each.
+    wide = min(sizes[1:]) >= WINOGRAD_CHANNELS_MIN
+    return len(x) == 1 and wide and 9 * math.prod(sizes) >= WINOGRAD_MACS_MIN
 
 
 def _output(shape, kernel_shape, strides, padding):

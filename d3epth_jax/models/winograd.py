@@ -25,9 +25,15 @@ def convolve(x, kernel, before: tuple[int, int], size: tuple[int, int]):
     bands = -(-down // rows)
     below, beside = 2 * rows * bands + 2 - top, 2 * across + 2 - left
     x = jnp.pad(x, ((top, below - x.shape[0]), (left, beside - x.shape[1]), (0, 0)))
-    kernels = [_of_kernel(row) for row in _of_kernel(kernel)]
+    # A zero that has to wait for x. Else XLA makes the factors of all kernels of a network and the
+    # arrays for all results as soon as it begins, and their memory is held from then on. And it is
+    # read from memory, not computed anew by each that takes it, which would be long to compile.
+    x = jax.lax.optimization_barrier(x)
+    zero = jnp.where(x[top, left, 0] > 0, 0.0, -0.0)
+    kernels = [_of_kernel(row) for row in _of_kernel(kernel + zero)]
 
-    def band(start):
+    def band(number, whole):
+        start = 2 * rows * number
         tiles = jax.lax.dynamic_slice_in_dim(x, start, 2 * rows + 2)
         products = [
             [y @ k for y, k in zip(_of_input(row, 1, across), row_kernels, strict=True)]
@@ -35,11 +41,12 @@ def convolve(x, kernel, before: tuple[int, int], size: tuple[int, int]):
         ]
         columns = [_of_output(*column) for column in zip(*products, strict=True)]
         cells = [_of_output(*row) for row in zip(*columns, strict=True)]
-        whole = jnp.stack([jnp.stack(row, 2) for row in cells], 1)
-        return whole.reshape(2 * rows, 2 * across, -1)
+        cells = jnp.stack([jnp.stack(row, 2) for row in cells], 1)
+        cells = cells.reshape(2 * rows, *whole.shape[1:])
+        return jax.lax.dynamic_update_slice_in_dim(whole, cells, start, 0)
 
-    whole = jax.lax.map(band, 2 * rows * jnp.arange(bands))
-    return whole.reshape(-1, *whole.shape[2:])[:height, :width]
+    whole = jnp.broadcast_to(zero, (2 * rows * bands, 2 * across, kernel.shape[-1]))
+    return jax.lax.fori_loop(0, bands, band, whole)[:height, :width]
 
 
 # Along one axis. Of 4 cells a, b, c, d of the input and 3 taps these make 4 factors each, of whose
