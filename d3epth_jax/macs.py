@@ -74,8 +74,9 @@ def countable(model: DepthModel) -> DepthModel:
 def plain_forms() -> Iterator[None]:
     """Attention all at once, and convolutions as such.
 
-    Chunks are filled up with queries that nobody asked for, and a product with patches, which a CPU
-    computes some convolutions as, does not tell which taps are on the padding.
+    Chunks are filled up with queries that nobody asked for. Of the forms in which a CPU computes
+    some convolutions, a product with patches does not tell which taps are on the padding, and
+    minimal filtering takes fewer.
     """
     limits, backends = dict(attention.MAX_LOGITS), set(convolve.REWRITTEN_ON)
     attention.MAX_LOGITS.update(dict.fromkeys(limits, sys.maxsize))

@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 from jax.experimental import multihost_utils
 
@@ -24,11 +25,19 @@ def test_a_damaged_array_is_told_in_a_sentence(tmp_path):
         checkpoints.restore(checkpoint.abstract(state))
 
 
-def test_a_part_of_a_state_is_read_alone_and_all_that_does_not_fit_is_told(tmp_path):
+def test_a_part_of_a_state_is_read_alone_and_all_that_does_not_fit_is_told(tmp_path, monkeypatch):
     average = {"unet": {"kernel": jnp.ones((2, 3)), "bias": jnp.zeros(3)}, "encoder": jnp.ones(1)}
     with checkpoint.Checkpoints(tmp_path, keep=2) as checkpoints:
         checkpoints.save(3, {"ema": average, "moments": (average, jnp.zeros(()))}, {})
-    read = checkpoint.read_tree(tmp_path / "3/state", jax.eval_shape(lambda: average), "ema")
+    asked, restore = [], ocp.PyTreeCheckpointer.restore
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            ocp.PyTreeCheckpointer,
+            "restore",
+            lambda self, path, args: asked.append(args.item) or restore(self, path, args=args),
+        )
+        read = checkpoint.read_tree(tmp_path / "3/state", jax.eval_shape(lambda: average), "ema")
+    assert [list(tree) for tree in asked] == [["ema"]]
     jax.tree.map(np.testing.assert_array_equal, read, average)
     other = {"unet": {"kernel": jnp.ones((2, 4)), "bias": jnp.zeros(3), "scale": jnp.zeros(3)}}
     with pytest.raises(ValueError) as error:

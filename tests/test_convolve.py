@@ -92,6 +92,34 @@ def test_minimal_filtering_gives_the_convolution_and_its_gradients(filtering, si
     assert program.count(" scan[") == 2
 
 
+@pytest.mark.parametrize("transform", [jax.checkpoint, jax.vmap])
+def test_minimal_filtering_may_be_transformed(filtering, transform):
+    x, k = random(3, 1, 6, 8, 5), random(3, 3, 3, 5, 7)
+    if transform is jax.checkpoint:
+        x, k = x[0], k[0]
+
+    def gradients(function):
+        def loss(x, k):
+            return jnp.sin(transform(lambda x, k: function(x, k, (1, 1), SAME))(x, k)).sum()
+
+        return jax.grad(loss, (0, 1))(x, k)
+
+    plain = functools.partial(jax.lax.conv_general_dilated, dimension_numbers=NHWC)
+    for got, expected in zip(gradients(convolve.convolve), gradients(plain), strict=True):
+        np.testing.assert_allclose(got, expected, atol=5e-5)
+
+
+@pytest.mark.parametrize("padding", [((3, 3), (1, 1)), ((-1, 2), (0, 0))])
+def test_other_paddings_are_xlas(filtering, padding):
+    check_against_xla((6, 7), 3, 1, padding, (6, 5), batch=1)
+
+
+def test_minimal_filtering_stays_in_32_bits_where_64_are_on(filtering):
+    with jax.enable_x64(True):
+        y = convolve.convolve(random(1, 6, 8, 5), random(3, 3, 5, 7), (1, 1), SAME)
+    assert y.dtype == jnp.float32
+
+
 def test_minimal_filtering_holds_the_arrays_of_one_layer_at_a_time(filtering):
     def memory(layers):
         def network(x, kernels):

@@ -27,8 +27,8 @@ WINOGRAD_MACS_MIN = 10**10
 def convolve(x, kernel, strides, padding, *, dimension_numbers=NHWC, **options):
     """`lax.conv_general_dilated` of NHWC and HWIO, in the form that is fast where it runs.
 
-    On a CPU, one of stride 2 or of many channels is for reverse mode only: `jax.jvp` raises
-    TypeError.
+    On a CPU, one of stride 2, and a large one of one picture that is filtered (winograd.py), is for
+    reverse mode only: `jax.jvp` raises TypeError.
     """
     plain = all(value in (None, 1, (1, 1)) for value in options.values())  # no dilation, no groups
     if not plain or jax.default_backend() not in REWRITTEN_ON:
@@ -41,6 +41,7 @@ def convolve(x, kernel, strides, padding, *, dimension_numbers=NHWC, **options):
     if strides == (2, 2) and min(kernel.shape[:2]) >= 2:
         return _halving(x, kernel, padding)
     of_its_kind = kernel.shape[:2] == (3, 3) and strides == (1, 1)
+    of_its_kind &= all(0 <= side <= 2 for pad in padding for side in pad)  # and its gradient's
     if of_its_kind and x.dtype == kernel.dtype == jnp.float32 and _filtering_is_faster(sizes, x):
         return _filtering(x, kernel, padding)
     return _plain(x, kernel, strides, padding)

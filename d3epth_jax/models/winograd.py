@@ -1,8 +1,8 @@
 """A 3x3 convolution by minimal filtering: 16 products for 2x2 cells of the output, not 36.
 
 F(2x2, 3x3) of Winograd, as Lavin and Gray (Fast Algorithms for Convolutional Neural Networks, CVPR
-2016) use it. It rounds as little as a plain sum. Their larger tiles save more and round several
-times worse.
+2016) use it. It rounds as little as a plain sum (what is not finite reaches all of its tile). Their
+larger tiles save more and round several times worse.
 """
 
 import jax
@@ -16,7 +16,7 @@ TILES = 512
 def convolve(x, kernel, before: tuple[int, int], size: tuple[int, int]):
     """A picture [H, W, Cin] and a kernel [3, 3, Cin, Cout] -> [*size, Cout].
 
-    before: the zeros above and left of x; those below and beside follow from the size.
+    before: the zeros above and left of x, none or more; those below and beside follow from size.
     """
     (height, width), (top, left) = size, before
     down, across = -(-height // 2), -(-width // 2)  # tiles
@@ -29,7 +29,7 @@ def convolve(x, kernel, before: tuple[int, int], size: tuple[int, int]):
     # arrays for all results as soon as it begins, and their memory is held from then on. And it is
     # read from memory, not computed anew by each that takes it, which would be long to compile.
     x = jax.lax.optimization_barrier(x)
-    zero = jnp.where(x[top, left, 0] > 0, 0.0, -0.0)
+    zero = jnp.where(x[top, left, 0] > 0, 0.0, -0.0).astype(x.dtype)
     kernels = [_of_kernel(row) for row in _of_kernel(kernel + zero)]
 
     def band(number, whole):

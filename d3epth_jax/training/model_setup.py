@@ -280,8 +280,9 @@ def read_run(workdir: pathlib.Path) -> Start:
     """The model of the newest checkpoint in a run's workdir, with its averaged (EMA) weights.
 
     Raises FileNotFoundError where there is none; ValueError if what the run itself started from,
-    which holds the parameters that it did not train, is another model now, or if its settings are
-    of another version; and as `hub.load_model`.
+    which holds the parameters that it did not train, is another model now, if its settings are of
+    another version, or if the checkpoint is damaged or of other parameters; and as
+    `hub.load_model`.
     """
     path = workdir / "config.json"
     if not path.is_file() or not (workdir / "checkpoints").is_dir():
