@@ -92,20 +92,28 @@ def test_minimal_filtering_gives_the_convolution_and_its_gradients(filtering, si
     assert program.count(" scan[") == 2
 
 
-@pytest.mark.parametrize("transform", [jax.checkpoint, jax.vmap])
-def test_minimal_filtering_may_be_transformed(filtering, transform):
-    x, k = random(3, 1, 6, 8, 5), random(3, 3, 3, 5, 7)
+def transformed_gradients(transform, x, k, strides):
+    """[(ours, XLA's)] for x and k, which are several for `vmap`: `jax.checkpoint` has the first."""
     if transform is jax.checkpoint:
         x, k = x[0], k[0]
 
     def gradients(function):
         def loss(x, k):
-            return jnp.sin(transform(lambda x, k: function(x, k, (1, 1), SAME))(x, k)).sum()
+            return jnp.sin(transform(lambda x, k: function(x, k, strides, SAME))(x, k)).sum()
 
         return jax.grad(loss, (0, 1))(x, k)
 
     plain = functools.partial(jax.lax.conv_general_dilated, dimension_numbers=NHWC)
-    for got, expected in zip(gradients(convolve.convolve), gradients(plain), strict=True):
+    return list(zip(gradients(convolve.convolve), gradients(plain), strict=True))
+
+
+TRANSFORMS = pytest.mark.parametrize("transform", [jax.checkpoint, jax.vmap])
+
+
+@TRANSFORMS
+def test_minimal_filtering_may_be_transformed(filtering, transform):
+    x, k = random(3, 1, 6, 8, 5), random(3, 3, 3, 5, 7)
+    for got, expected in transformed_gradients(transform, x, k, (1, 1)):
         np.testing.assert_allclose(got, expected, atol=5e-5)
 
 
@@ -154,20 +162,10 @@ def test_gradients_put_no_zeros_between_rows(size, kernel, stride, padding, chan
     assert "lhs_dilation=(2, 2)" not in program or kernel == 1
 
 
-@pytest.mark.parametrize("transform", [jax.checkpoint, jax.vmap])
+@TRANSFORMS
 def test_strided_gradients_of_16_bits_may_be_transformed(transform):
     x, k = (array.astype(jnp.bfloat16) for array in (random(3, 2, 6, 8, 5), random(3, 3, 3, 5, 7)))
-    if transform is jax.checkpoint:
-        x, k = x[0], k[0]
-
-    def gradients(function):
-        def loss(x, k):
-            return jnp.sin(transform(lambda x, k: function(x, k, (2, 2), SAME))(x, k)).sum()
-
-        return jax.grad(loss, (0, 1))(x, k)
-
-    plain = functools.partial(jax.lax.conv_general_dilated, dimension_numbers=NHWC)
-    for got, expected in zip(gradients(convolve.convolve), gradients(plain), strict=True):
+    for got, expected in transformed_gradients(transform, x, k, (2, 2)):
         assert got.dtype == jnp.bfloat16
         np.testing.assert_allclose(*(a.astype(np.float32) for a in (got, expected)), atol=0.05)
 

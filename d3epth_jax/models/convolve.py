@@ -40,9 +40,7 @@ def convolve(x, kernel, strides, padding, *, dimension_numbers=NHWC, **options):
         return _product(x, kernel, strides, padding)
     if strides == (2, 2) and min(kernel.shape[:2]) >= 2:
         return _halving(x, kernel, padding)
-    of_its_kind = kernel.shape[:2] == (3, 3) and strides == (1, 1)
-    of_its_kind &= all(0 <= side <= 2 for pad in padding for side in pad)  # and its gradient's
-    if of_its_kind and x.dtype == kernel.dtype == jnp.float32 and _filtering_is_faster(sizes, x):
+    if _may_be_filtered(x, kernel, strides, padding) and _filtering_is_faster(sizes):
         return _filtering(x, kernel, padding)
     return _plain(x, kernel, strides, padding)
 
@@ -54,10 +52,16 @@ def _patches_are_faster(sizes) -> bool:
     )
 
 
-def _filtering_is_faster(sizes, x) -> bool:
-    # Of one picture: a batch may lie on several devices, and a loop would gather it on each.
+def _may_be_filtered(x, kernel, strides, padding) -> bool:
+    padded = all(0 <= side <= 2 for pad in padding for side in pad)  # so is the gradient's then
+    floats = x.dtype == kernel.dtype == jnp.float32
+    # One picture: a batch may lie on several devices, and a loop would gather it on each.
+    return len(x) == 1 and kernel.shape[:2] == (3, 3) and strides == (1, 1) and padded and floats
+
+
+def _filtering_is_faster(sizes) -> bool:
     wide = min(sizes[1:]) >= WINOGRAD_CHANNELS_MIN
-    return len(x) == 1 and wide and 9 * math.prod(sizes) >= WINOGRAD_MACS_MIN
+    return wide and 9 * math.prod(sizes) >= WINOGRAD_MACS_MIN
 
 
 def _output(shape, kernel_shape, strides, padding):
@@ -82,6 +86,16 @@ def _product(x, kernel, strides, padding):
     return jnp.concatenate(patches, -1) @ kernel.reshape(-1, kernel.shape[-1])
 
 
+def _kernel_gradient(cotangent, kernel, x, strides, padding):
+    """XLA's own."""
+    return jax.linear_transpose(lambda k: _plain(x, k, strides, padding), kernel)(cotangent)[0]
+
+
+def _turned(kernel):
+    """The kernel with which a convolution's gradient for its input is one."""
+    return jnp.flip(kernel, (0, 1)).swapaxes(2, 3)
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def _halving(x, kernel, padding):
     """XLA's convolution of stride 2, with a gradient for x of our own."""
@@ -94,8 +108,8 @@ def _halving_forward(x, kernel, padding):
 
 def _halving_backward(padding, kept, cotangent):
     x, kernel = kept
-    to_kernel = jax.linear_transpose(lambda k: _plain(x, k, (2, 2), padding), kernel)
-    return _input_gradient(cotangent, kernel, x.shape, padding), *to_kernel(cotangent)
+    to_x = _input_gradient(cotangent, kernel, x.shape, padding)
+    return to_x, _kernel_gradient(cotangent, kernel, x, (2, 2), padding)
 
 
 _halving.defvjp(_halving_forward, _halving_backward)
@@ -119,8 +133,7 @@ def _input_gradient(cotangent, kernel, shape, padding):
 
     def phase(a, b):
         (rows, above), (columns, beside) = taps_of(a, 0), taps_of(b, 1)
-        turned = jnp.flip(kernel[rows, columns], (0, 1)).swapaxes(2, 3)
-        return _plain(cotangent, turned, (1, 1), (above, beside))
+        return _plain(cotangent, _turned(kernel[rows, columns]), (1, 1), (above, beside))
 
     whole = weave([[phase(a, b) for b in (0, 1)] for a in (0, 1)])
     return whole[:, : shape[1], : shape[2]]
@@ -140,10 +153,9 @@ def _filtering_forward(x, kernel, padding):
 
 def _filtering_backward(padding, kept, cotangent):
     x, kernel = kept
-    to_kernel = jax.linear_transpose(lambda k: _plain(x, k, (1, 1), padding), kernel)
-    turned = jnp.flip(kernel, (0, 1)).swapaxes(2, 3)
     around = tuple((2 - low, 2 - high) for low, high in padding)
-    return convolve(cotangent, turned, (1, 1), around), *to_kernel(cotangent)
+    to_x = convolve(cotangent, _turned(kernel), (1, 1), around)
+    return to_x, _kernel_gradient(cotangent, kernel, x, (1, 1), padding)
 
 
 _filtering.defvjp(_filtering_forward, _filtering_backward)
